@@ -1,0 +1,13 @@
+"""The one exception a user is meant to see as a single line."""
+
+
+class DimmixError(Exception):
+    """Something the user can mend; the message is one line: what went wrong, where, and what to do.
+
+    The command line prints it to stderr without a traceback and exits with `exit_code`: 1 when an input failed,
+    2 for wrong usage.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
