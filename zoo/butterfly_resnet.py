@@ -1,0 +1,225 @@
+"""Butterfly ResNet: CIFAR ResNets whose grouped 3x3 convolutions mix channels in a butterfly.
+
+Paper: Dimension Mixer, section 4.4 (arXiv 2311.18735). Layout of the CIFAR ResNet-20 (arXiv 1512.03385, section 4.2):
+three stages of widths w, 2w, 4w, two 3x3 convolutions a block.
+
+  * `mixing="conv"`, conv-mix: the two convolutions of a block are the two levels; channels are shuffled in between.
+  * `mixing="block"`, block-mix: block j of a stage works on level j: channels are gathered, every convolution of the
+    block (and the shortcut) is grouped, channels are scattered back.
+  * `mixing="dense"`: the dense ResNet of the same widths.
+
+Differs from the paper: the model works in channels_last, which grouped convolutions want on a CPU. In block-mix a stage
+keeps the number of groups that its input has, as the paper's parameter counts show, so a stage that doubles its channels
+has groups of 2a from its second block on; here the levels step by the groups the convolutions have, 2a, in the paper's
+code by a. The variants without a depth in their name are ours: groups of the same size, most of 16 channels and more, in
+both convolutions, and a stem that downsamples for larger inputs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from .butterfly import ButterflySchedule, Level
+from .data_cfg import base_cfg
+from .layers import ConvNorm, ConvStem, gather_groups, scatter_groups
+from .pretrained import build
+from .pretrained import default_cfgs as make_default_cfgs
+from .registry import register_variants, with_dense_twins
+from .trunk import Trunk
+
+
+class BasicBlock(nn.Module):
+    """3x3, ReLU, 3x3, shortcut, ReLU, with optional groups and a permutation of channels between the convolutions.
+
+    Args:
+        in_chs, out_chs: channels.
+        stride: of the first convolution; the shortcut is a 1x1 convolution where the shape changes.
+        groups: of the first convolution, the second and the shortcut.
+        shuffle: permutes the channels between the two convolutions.
+        drop_path: stochastic depth rate.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        groups: tuple[int, int, int] = (1, 1, 1),
+        shuffle: nn.Module | None = None,
+        drop_path: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_chs, out_chs, 3, stride, groups[0], **dd)
+        self.shuffle = shuffle or nn.Identity()
+        self.conv2 = ConvNorm(out_chs, out_chs, 3, 1, groups[1], **dd)
+        same = stride == 1 and in_chs == out_chs
+        self.shortcut = nn.Identity() if same else ConvNorm(in_chs, out_chs, 1, stride, groups[2], **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
+        y = self.conv2(self.shuffle(F.relu(self.conv1(x))))
+        return F.relu(self.drop_path(y) + self.shortcut(x))
+
+
+class BlockMix(nn.Sequential):
+    """Gathers the groups of a level, runs a BasicBlock with as many groups, scatters the channels back."""
+
+    def __init__(
+        self, in_chs: int, out_chs: int, stride: int, groups: int, level: Level, drop_path: float = 0.0, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.gather = gather_groups(level, device=dd.get("device"))
+        self.block = BasicBlock(in_chs, out_chs, stride, (groups, groups, groups), None, drop_path, **dd)
+        self.scatter = scatter_groups(level, device=dd.get("device"))
+
+
+def _conv_mix(
+    in_chs: int, out_chs: int, stride: int, radix: int, first: int | None, drop_path: float, **dd: Any
+) -> BasicBlock:
+    """A block of conv-mix: the second convolution mixes groups of `radix`, the first groups of `first` channels.
+
+    The two reach every channel if radix * first is at least the channels; the paper takes it equal, which is the
+    default. A block that widens leaves the group count of its first convolution as it is.
+    """
+    level = ButterflySchedule(out_chs, radix).levels[-1]
+    groups = (out_chs // (first or out_chs // radix), out_chs // radix, 1)
+    return BasicBlock(in_chs, out_chs, stride, groups, gather_groups(level, dd.get("device")), drop_path, **dd)
+
+
+class ButterflyResNet(Trunk):
+    """See the module's docstring.
+
+    Args:
+        depths: blocks per stage.
+        width: channels of the first stage; doubles from stage to stage.
+        mixing: "conv", "block" or "dense".
+        radix: per stage, channels in a group of the second convolution (conv), or in a group of the stage's input
+            (block).
+        first_radix: per stage, channels in a group of the first convolution of conv-mix; None as the paper has it.
+        stem_stride: 1 for images of 32 pixels, 2 for 64, 8 for 224.
+        num_classes, in_chans, global_pool, drop_rate: as in timm.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: unknown `mixing`, or a radix that does not divide its stage's channels.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (3, 3, 3),
+        width: int = 32,
+        mixing: str = "conv",
+        radix: tuple[int, ...] = (8, 8, 16),
+        first_radix: tuple[int, ...] | None = None,
+        stem_stride: int = 1,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if mixing not in ("conv", "block", "dense"):
+            raise ValueError(f"mixing={mixing!r} is not one of 'conv', 'block', 'dense'")
+        self.stem = ConvStem(in_chans, width, stem_stride, **dd)
+        self.norm = nn.Identity()
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages, chs = [], width
+        for i, depth in enumerate(depths):
+            out_chs, groups = width * 2**i, max(1, chs // radix[i])
+            blocks: list[nn.Module] = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                drop = rates[i][j]
+                if mixing == "dense":
+                    blocks.append(BasicBlock(chs, out_chs, stride, drop_path=drop, **dd))
+                elif mixing == "conv":
+                    first = first_radix[i] if first_radix else None
+                    blocks.append(_conv_mix(chs, out_chs, stride, radix[i], first, drop, **dd))
+                else:
+                    level = ButterflySchedule(chs, chs // groups).level(j)
+                    blocks.append(BlockMix(chs, out_chs, stride, groups, level, drop, **dd))
+                chs = out_chs
+            stages.append(nn.Sequential(*blocks))
+        self.blocks = nn.Sequential(*stages)
+        self.finish(
+            num_classes=num_classes,
+            in_chans=in_chans,
+            features=chs,
+            grid=(1, 1),
+            widths=[width * 2**i for i in range(len(depths))],
+            reduction=[stem_stride * 2**i for i in range(len(depths))],
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            makes_maps=True,
+            **dd,
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Image -> stem features, channels_last from here on."""
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions for layer-wise learning-rate decay."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoints are stored under the model's own names."""
+    return state_dict
+
+
+# Ours: both convolutions of a block in groups of the same size, 16 to 32 channels where there are enough.
+_NANO = {"width": 32, "radix": (8, 16, 16), "first_radix": (8, 16, 16)}
+_TINY = {"width": 64, "radix": (16, 16, 16), "first_radix": (16, 16, 16)}
+_SMALL = {"width": 96, "radix": (24, 24, 24), "first_radix": (24, 24, 24)}
+
+VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
+    {
+        # The paper's. CIFAR-10 accuracy there: conv-mix w32 91.68 %; dense w16 90.14 %.
+        "butterfly_resnet20_convmix_w32": {"width": 32, "radix": (8, 8, 16)},
+        "butterfly_resnet20_convmix_w64": {"width": 64, "radix": (8, 16, 16)},
+        "butterfly_resnet20_blockmix_w32": {"width": 32, "radix": (4, 4, 8), "mixing": "block"},
+        "butterfly_resnet20_blockmix_w64": {"width": 64, "radix": (4, 8, 8), "mixing": "block"},
+        # Four blocks a stage, the paper's "ResNet-23".
+        "butterfly_resnet26_blockmix_w64": {
+            "depths": (4, 4, 4), "width": 64, "radix": (8, 16, 16), "mixing": "block"
+        },
+        "butterfly_resnet_nano_32": _NANO,
+        "butterfly_resnet_tiny_32": _TINY,
+        "butterfly_resnet_small_32": _SMALL,
+        "butterfly_resnet_small_64": _SMALL | {"stem_stride": 2},
+        "butterfly_resnet_small_224": _SMALL | {"stem_stride": 8},
+    }
+)
+
+_SIZES = {1: 32, 2: 64, 8: 224}  # input size by stride of the stem
+
+
+def _cfg(args: dict[str, Any]) -> dict[str, Any]:
+    stride = args.get("stem_stride", 1)
+    side = _SIZES[stride] // (4 * stride)
+    return base_cfg(_SIZES[stride], pool_size=(side, side), first_conv="stem.0.conv")
+
+
+default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.items()})
+
+
+def _create_butterfly_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ButterflyResNet:
+    feature_cfg = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+    return build(ButterflyResNet, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+
+
+register_variants(__name__, _create_butterfly_resnet, VARIANTS)

@@ -1,0 +1,32 @@
+"""The mixing layers: each a small module over one level, or all levels, of a ButterflySchedule."""
+
+from .block_linear import BlockLinear, FeatureMixer, LevelView
+from .butterfly_attention import ButterflyAttention
+from .butterfly_conv import ChannelTranspose, gather_groups, scatter_groups
+from .butterfly_linear import ButterflyFactor, ButterflyLinear
+from .butterfly_mlp import BlockMlp, ButterflyMlp, DenseMlp, MonarchMlp
+from .patch_fold import PatchFold
+from .permute import Permute, random_order
+from .stem import ConvNorm, ConvStem, TokenStem
+
+__all__ = [
+    "BlockLinear",
+    "BlockMlp",
+    "ButterflyAttention",
+    "ButterflyFactor",
+    "ButterflyLinear",
+    "ButterflyMlp",
+    "ChannelTranspose",
+    "ConvNorm",
+    "ConvStem",
+    "DenseMlp",
+    "FeatureMixer",
+    "LevelView",
+    "MonarchMlp",
+    "PatchFold",
+    "Permute",
+    "TokenStem",
+    "gather_groups",
+    "random_order",
+    "scatter_groups",
+]

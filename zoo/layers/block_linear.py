@@ -1,0 +1,112 @@
+"""Block-diagonal linear maps, and the view that brings the groups of a butterfly level onto the diagonal.
+
+Layout: features first, rows last. The axis that is mixed leads and everything else (batch, tokens or channels) is
+folded into `rows`, which stays innermost. A level is then one `baddbmm` over blocks, reading a strided level in place:
+(n, rows) -> (groups, radix, stride, rows) -> (blocks, radix, rows) is a view whenever groups or stride is 1, which
+covers both levels of every two-level butterfly. Levels between those copy once.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..butterfly import Level
+from .permute import Permute
+
+
+class BlockLinear(nn.Module):
+    """`blocks` independent linear maps, the blocks of a block-diagonal matrix.
+
+    Args:
+        blocks: number of blocks.
+        in_features, out_features: of each block.
+        bias: learn a bias, shape (blocks, out_features).
+    """
+
+    def __init__(
+        self, blocks: int, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, out_features, in_features, **dd))
+        self.bias = nn.Parameter(torch.empty(blocks, out_features, **dd)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each block as `nn.Linear` would initialise it: uniform in +-1 / sqrt(in_features)."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(blocks, in_features, rows) -> (blocks, out_features, rows)."""
+        if self.bias is None:
+            return torch.bmm(self.weight, x)
+        return torch.baddbmm(self.bias.unsqueeze(-1), self.weight, x)
+
+    def dense_equivalent(self) -> Tensor:
+        """The block-diagonal matrix itself, (blocks * out_features, blocks * in_features)."""
+        return torch.block_diag(*self.weight)
+
+    def extra_repr(self) -> str:
+        blocks, out_features, in_features = self.weight.shape
+        return f"{blocks} blocks, {in_features} -> {out_features}, bias={self.bias is not None}"
+
+
+class FeatureMixer(nn.Module):
+    """Base of the layers that mix one axis: they define `mix`, features first, and get `forward`, features last."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        """(in_features, rows) -> out_features in natural order, in one axis or several, then rows."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), at least two axes."""
+        y = self.mix(x.flatten(0, -2).t())
+        # The one copy: the caller's next layer reads features last.
+        return y.movedim(-1, 0).flatten(1).unflatten(0, x.shape[:-1])
+
+
+class LevelView(nn.Module):
+    """Brings the blocks of one butterfly level to the front and back again.
+
+    Args:
+        level: a level over n dimensions.
+        width: features that each dimension carries (an expanding ButterflyLinear has more than one); they are mixed
+            separately, so the level has `blocks * width` blocks.
+    """
+
+    def __init__(self, level: Level, width: int = 1, device=None) -> None:
+        super().__init__()
+        self.level = (level.groups, level.radix, level.stride)
+        self.n = level.groups * level.radix * level.stride
+        self.groups, self.stride = level.groups, level.stride * width
+        self.blocks = self.groups * self.stride
+        self.permute = None if level.order is None else Permute(list(level.order), dim=0, device=device)
+
+    def split(self, x: Tensor, block: int) -> Tensor:
+        """n * width features first -> (blocks, block, rows); `block` features a block, `radix` unless shrinking.
+
+        `x` may come with its leading axes split in any way, as `merge` leaves them: only their product counts.
+        """
+        rows = x.shape[-1]
+        if self.permute is not None:
+            x = self.permute(x.reshape(self.n, -1))
+        x = x.reshape(self.groups, block, self.stride, rows).transpose(1, 2)
+        return x.reshape(self.blocks, block, rows)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(blocks, block, rows) -> (groups, block, stride, rows), features in natural order, not copied.
+
+        Left in four axes because only a copy could flatten them: the next `split`, or a sum, reads it where it lies.
+        """
+        rows = x.shape[-1]
+        x = x.unflatten(0, [self.groups, self.stride]).transpose(1, 2)
+        if self.permute is not None:
+            x = self.permute.undo(x.reshape(self.n, -1)).reshape(self.groups, -1, self.stride, rows)
+        return x
+
+    def extra_repr(self) -> str:
+        return "groups={}, radix={}, stride={}".format(*self.level)

@@ -1,0 +1,75 @@
+"""Butterfly Attention: self-attention inside the strided groups of one butterfly level."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..butterfly import Level
+from .permute import Permute
+
+
+class ButterflyAttention(nn.Module):
+    """Multi-head self-attention in which a token attends to the `radix` tokens of its group alone.
+
+    Layout: q, k and v come contiguous, (B, N, C) each, from one batched product. Token index (group, i, offset) then
+    folds as (B * groups, radix, stride * heads, head_dim): the offset joins the heads, so every level, whatever its
+    stride, is one 4-D view and stays on the fast kernels of scaled_dot_product_attention. Cost: N * radix instead of
+    N * N. (Dimension Mixer, section 4.2.) `radix = N` is ordinary attention.
+
+    Args:
+        dim: channels C.
+        level: a level of a schedule over N tokens.
+        num_heads: must divide `dim`.
+        qkv_bias: learn a bias for q, k and v.
+        proj_drop: dropout after the output projection.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        level: Level,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.set_level(level)
+
+    def set_level(self, level: Level) -> None:
+        """Attend within the groups of another level, as when the number of tokens changes; no weight depends on it."""
+        self.level = (level.groups, level.radix, level.stride)
+        self.radix, self.fold = level.radix, level.stride * self.num_heads
+        device = self.qkv.weight.device
+        self.permute = None if level.order is None else Permute(list(level.order), dim=1, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        B, N, C = x.shape
+        if self.permute is not None:
+            x = self.permute(x)
+        weight = self.qkv.weight.view(3, C, C).transpose(1, 2)
+        tokens = x.reshape(1, B * N, C).expand(3, -1, -1)
+        if self.qkv.bias is not None:
+            qkv = torch.baddbmm(self.qkv.bias.view(3, 1, C), tokens, weight)
+        else:
+            qkv = torch.bmm(tokens, weight)
+        q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        x = x.transpose(1, 2).reshape(B, N, C)
+        if self.permute is not None:
+            x = self.permute.undo(x)
+        return self.proj_drop(self.proj(x))
+
+    def extra_repr(self) -> str:
+        return "groups={}, radix={}, stride={}, ".format(*self.level) + f"num_heads={self.num_heads}"

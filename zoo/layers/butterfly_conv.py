@@ -1,0 +1,49 @@
+"""The channel permutations of the two convolution mixings.
+
+Layout: channels_last in and out. Grouped convolutions are ten times faster there on a CPU, and a permutation of
+channels is then a transpose of the innermost, contiguous axis. Its copy is the only one: the convolution reads it.
+"""
+
+from torch import Tensor, nn
+
+from ..butterfly import Level
+from .permute import Permute
+
+
+class ChannelTranspose(nn.Module):
+    """Permutes channels by viewing them as (outer, middle, inner) and swapping the last two axes.
+
+    `ChannelTranspose(1, G, C // G)` is the channel shuffle between the two convolutions of conv-mix; the groups of a
+    butterfly level, (groups, radix, stride), become contiguous under `ChannelTranspose(groups, radix, stride)`.
+    """
+
+    def __init__(self, outer: int, middle: int, inner: int) -> None:
+        super().__init__()
+        self.outer, self.middle, self.inner = outer, middle, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1).unflatten(3, [self.outer, self.middle, self.inner])
+        return x.transpose(4, 5).flatten(3).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"({self.outer}, {self.middle}, {self.inner})"
+
+
+def gather_groups(level: Level, device=None) -> nn.Module:
+    """Channels in natural order -> each block of `level` contiguous: what block-mix does before its grouped convs."""
+    if level.order is not None:
+        return Permute(list(level.order), dim=1, device=device)
+    if level.stride == 1:
+        return nn.Identity()
+    return ChannelTranspose(level.groups, level.radix, level.stride)
+
+
+def scatter_groups(level: Level, device=None) -> nn.Module:
+    """The inverse of `gather_groups`."""
+    if level.order is not None:
+        inverse = sorted(range(len(level.order)), key=level.order.__getitem__)
+        return Permute(inverse, dim=1, device=device)
+    if level.stride == 1:
+        return nn.Identity()
+    return ChannelTranspose(level.groups, level.stride, level.radix)

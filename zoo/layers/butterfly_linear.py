@@ -1,0 +1,84 @@
+"""ButterflyLinear: a product of block-diagonal factors in place of a dense matrix. Two levels are a Monarch matrix."""
+
+import torch
+from torch import Tensor, nn
+
+from ..butterfly import ButterflySchedule
+from .block_linear import BlockLinear, FeatureMixer, LevelView
+
+
+class ButterflyFactor(nn.Module):
+    """One factor of a ButterflyLinear: the block-diagonal weight of one level, between the views that bring it there.
+
+    Args:
+        view: the level's view.
+        in_block, out_block: features a block takes and gives.
+        bias: learn a bias.
+    """
+
+    def __init__(
+        self, view: LevelView, in_block: int, out_block: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.view = view
+        self.in_block = in_block
+        self.linear = BlockLinear(view.blocks, in_block, out_block, bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features first -> features first, leading axes as `LevelView.merge` leaves them."""
+        return self.view.merge(self.linear(self.view.split(x, self.in_block)))
+
+
+class ButterflyLinear(FeatureMixer):
+    """A linear map (..., in_features) -> (..., out_features) in one block-diagonal factor per butterfly level.
+
+    The schedule runs over `n = min(in_features, out_features)` dimensions. A wider output is made by the first factor
+    (blocks a -> a * width), a wider input is taken in by the last one (blocks a * width -> a), which runs the levels
+    backwards: the structure of a shrinking map is the transpose of that of the expanding one. Only the last factor has
+    a bias. (Dimension Mixer, section 4.1, `sparse_linear`; with two levels a Monarch matrix.)
+
+    Args:
+        in_features, out_features: one must divide the other.
+        radix: block size of the schedule.
+        bias: learn a bias, shape (out_features,) in block order.
+
+    Raises:
+        ValueError: `radix` does not divide n, or neither feature count divides the other.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, radix: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        n, larger = sorted((in_features, out_features))
+        if larger % n:
+            raise ValueError(f"in_features={in_features} and out_features={out_features}: neither divides the other")
+        self.in_features, self.out_features = in_features, out_features
+        self.schedule = ButterflySchedule(n, radix)
+        width, shrinks = larger // n, in_features > out_features
+        levels = self.schedule.levels[::-1] if shrinks else self.schedule.levels
+        last = len(levels) - 1
+        factors = []
+        for i, level in enumerate(levels):
+            resizes = i == (last if shrinks else 0)  # always the level of stride 1, where width sits inside the block
+            view = LevelView(level, 1 if resizes else width, device=device)
+            in_block = radix * width if resizes and shrinks else radix
+            out_block = radix * width if resizes and not shrinks else radix
+            factors.append(ButterflyFactor(view, in_block, out_block, bias and i == last, device=device, dtype=dtype))
+        self.factors = nn.Sequential(*factors)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Features first: (in_features, rows) -> out_features in natural order, leading axes split, rows last."""
+        return self.factors(x)
+
+    @torch.no_grad()
+    def dense_equivalent(self) -> Tensor:
+        """The same map without its bias as a dense matrix, (out_features, in_features)."""
+        weight = self.factors[0].linear.weight
+        x = torch.eye(self.in_features, device=weight.device, dtype=weight.dtype)
+        for factor in self.factors:
+            x = factor.view.merge(torch.bmm(factor.linear.weight, factor.view.split(x, factor.in_block)))
+        return x.reshape(self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.schedule}"

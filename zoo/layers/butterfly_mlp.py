@@ -1,0 +1,101 @@
+"""MLPs over one axis: dense, with Monarch matrices for weights, and with a butterfly of small MLPs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..butterfly import ButterflySchedule
+from .block_linear import BlockLinear, FeatureMixer, LevelView
+from .butterfly_linear import ButterflyLinear
+
+
+class DenseMlp(FeatureMixer):
+    """The ordinary MLP, n -> ratio * n -> n with GELU: what the butterflies stand in for."""
+
+    def __init__(self, n: int, ratio: int = 2, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(n, ratio * n, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(ratio * n, n, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Features first: (n, rows) -> (n, rows)."""
+        x = self.drop(F.gelu(torch.addmm(self.fc1.bias.unsqueeze(1), self.fc1.weight, x)))
+        return torch.addmm(self.fc2.bias.unsqueeze(1), self.fc2.weight, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n)."""
+        return self.fc2(self.drop(F.gelu(self.fc1(x))))
+
+
+class MonarchMlp(FeatureMixer):
+    """The MLP with each Linear replaced by a ButterflyLinear, GELU between the two (`sparse_linear` of the paper).
+
+    The hidden features never leave the block order: the levels of the second Linear run backwards, so its first level
+    reads in place what the last level of the first Linear wrote.
+
+    Args:
+        n: features.
+        radix: block size of both Linears.
+        ratio: hidden features per input feature.
+        drop: dropout after the activation.
+
+    Raises:
+        ValueError: `radix` does not divide `n`.
+    """
+
+    def __init__(self, n: int, radix: int, ratio: int = 2, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = ButterflyLinear(n, ratio * n, radix, device=device, dtype=dtype)
+        self.fc2 = ButterflyLinear(ratio * n, n, radix, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last."""
+        return self.fc2.mix(self.drop(F.gelu(self.fc1.mix(x))))
+
+
+class BlockMlp(nn.Module):
+    """One level of a ButterflyMlp: an MLP of its own for every block, a -> ratio * a -> a with GELU and biases."""
+
+    def __init__(self, view: LevelView, radix: int, ratio: int, drop: float, device=None, dtype=None) -> None:
+        super().__init__()
+        self.view = view
+        self.radix = radix
+        self.fc1 = BlockLinear(view.blocks, radix, ratio * radix, device=device, dtype=dtype)
+        self.fc2 = BlockLinear(view.blocks, ratio * radix, radix, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features first -> features first, leading axes as `LevelView.merge` leaves them."""
+        x = self.view.split(x, self.radix)
+        return self.view.merge(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class ButterflyMlp(FeatureMixer):
+    """A butterfly whose mixer is an MLP. No activation and no residual between levels.
+
+    (Dimension Mixer, section 4.1, `sparse_mlp`.)
+
+    Args:
+        n: features.
+        radix: block size.
+        ratio: hidden features per input feature.
+        drop: dropout after the activation.
+
+    Raises:
+        ValueError: `radix` does not divide `n`.
+    """
+
+    def __init__(self, n: int, radix: int, ratio: int = 2, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        self.schedule = ButterflySchedule(n, radix)
+        views = [LevelView(level, device=device) for level in self.schedule.levels]
+        self.levels = nn.Sequential(*[BlockMlp(view, radix, ratio, drop, device, dtype) for view in views])
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last."""
+        return self.levels(x)
+
+    def extra_repr(self) -> str:
+        return repr(self.schedule)

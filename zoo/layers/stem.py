@@ -1,0 +1,86 @@
+"""Stems: from an image to the feature map or the tokens that the blocks mix."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, "same" padding, then BatchNorm."""
+
+    def __init__(
+        self, in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, groups=groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+
+
+class ConvStem(nn.Sequential):
+    """3x3 convolutions with BatchNorm and ReLU, each of stride 2, widening by 2 up to `width`; one of stride 1 for 1.
+
+    Args:
+        in_chans: channels of the image.
+        width: channels of the result.
+        stride: pixels per position of the result, a power of two.
+
+    Raises:
+        ValueError: `stride` is not a power of two.
+    """
+
+    def __init__(self, in_chans: int, width: int, stride: int, device=None, dtype=None) -> None:
+        if stride < 1 or stride & (stride - 1):
+            raise ValueError(f"stride={stride} of a convolution stem is not a power of two")
+        layers: list[nn.Module] = []
+        steps = max(stride.bit_length() - 1, 1)
+        for left in range(steps - 1, -1, -1):
+            chs = max(width >> left, 8) if left else width
+            layers += [ConvNorm(in_chans, chs, 3, min(stride, 2), device=device, dtype=dtype), nn.ReLU()]
+            in_chans = chs
+        super().__init__(*layers)
+
+
+class TokenStem(nn.Module):
+    """An image cut into patches, one token each.
+
+    Args:
+        in_chans: channels of the image.
+        dim: channels C of a token.
+        img_size: (H, W).
+        patch_size: side of a patch in pixels.
+        convs: embed with a ConvStem; otherwise with one linear map of the patch's values, as the papers do.
+
+    Raises:
+        ValueError: `patch_size` does not divide the image.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        img_size: tuple[int, int],
+        patch_size: int,
+        convs: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.patch_size = patch_size
+        self.set_input_size(img_size)
+        linear = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
+        self.proj = ConvStem(in_chans, dim, patch_size, **dd) if convs else linear
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Expect images of another size (H, W). No weight depends on it."""
+        height, width = img_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide the image size {height}x{width}")
+        self.img_size = (height, width)
+        self.grid = (height // self.patch_size, width // self.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, N, C)."""
+        torch._assert(x.shape[2] == self.img_size[0], "image height does not match the model's img_size")
+        torch._assert(x.shape[3] == self.img_size[1], "image width does not match the model's img_size")
+        return self.proj(x).flatten(2).transpose(1, 2)

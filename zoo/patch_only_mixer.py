@@ -1,0 +1,202 @@
+"""Patch-Only Mixer: an image mixed by MLPs on patches alone, of two sizes whose partitions overlap.
+
+Paper: Dimension Mixer, section 4.3 (arXiv 2311.18735). There is no mixing across patches and none of channels as such:
+a step cuts the image into patches, runs LayerNorm and one MLP on the values of each, puts them back and adds. Steps of
+5x5 and 7x7 on a 35x35 image alternate; what one keeps apart the other brings together. Depth counts pairs of steps.
+
+The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
+image to more channels with a convolution first, which for larger inputs is strided. The dense twin adds, to every step, an MLP across the patches (the
+token mixing of an MLP-Mixer), so that each step reaches the whole image.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+from .data_cfg import base_cfg
+from .layers import ConvNorm, DenseMlp, PatchFold
+from .pretrained import build
+from .pretrained import default_cfgs as make_default_cfgs
+from .registry import register_variants, with_dense_twins
+from .trunk import Trunk
+
+
+class ImageStem(nn.Module):
+    """Brings the image to `channels` channels and to the grid that both patch sizes divide.
+
+    With a `stride` a convolution of that stride with BatchNorm makes the channels; with None the image's own channels
+    are kept, and a 1x1 convolution adapts an image that has another number of them.
+    """
+
+    def __init__(
+        self, in_chans: int, channels: int, grid: tuple[int, int], stride: int | None, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grid = [grid[0], grid[1]]
+        keep = stride is None and in_chans != channels
+        self.adapt = nn.Conv2d(in_chans, channels, 1, bias=False, **dd) if keep else None
+        self.lift = ConvNorm(in_chans, channels, max(3, stride | 1), stride, **dd) if stride else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, channels, *grid)."""
+        if self.adapt is not None:
+            x = self.adapt(x)
+        if self.lift is not None:
+            x = self.lift(x)
+        return F.interpolate(x, size=self.grid, mode="bilinear", align_corners=True)
+
+
+class PatchStep(nn.Module):
+    """Unfold into patches, LayerNorm, MLP of ratio 2, fold, residual; `across` also mixes the patches among themselves."""
+
+    def __init__(
+        self, fold: PatchFold, ratio: int, across: bool, drop: float, drop_path: float, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fold = fold
+        self.norm = nn.LayerNorm(fold.values, **dd)
+        self.mlp = DenseMlp(fold.values, ratio, drop, **dd)
+        self.across_norm = nn.LayerNorm(fold.values, **dd) if across else nn.Identity()
+        self.across = DenseMlp(fold.num_patches, ratio, drop, **dd) if across else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        patches = self.fold.unfold(x)
+        x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(patches))))
+        if self.across is not None:
+            patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
+            x = x + self.fold.fold(self.drop_path(self.across(patches).transpose(1, 2)))
+        return x
+
+
+class PatchOnlyMixer(Trunk):
+    """See the module's docstring.
+
+    Args:
+        img_size: (H, W) or one number: the input; fixed, since the head has weights for every position.
+        grid_size: side of the square image that is mixed, after resizing; every patch size divides it.
+        patch_sizes: the alternating patch sizes; the depth counts rounds of all of them.
+        depth: rounds.
+        channels: of the mixed image.
+        mlp_ratio: hidden features per patch value.
+        mixing: "butterfly" for patches alone, "dense" for the twin that also mixes across patches.
+        stem_stride: make the channels with a convolution of this stride; None to keep the image's own.
+        num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
+        drop_path_rate: stochastic depth of the last round, growing linearly from 0.
+
+    Raises:
+        ValueError: a patch size that does not divide the grid, unknown `mixing`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        grid_size: int = 35,
+        patch_sizes: tuple[int, ...] = (5, 7),
+        depth: int = 7,
+        channels: int = 3,
+        mlp_ratio: int = 2,
+        mixing: str = "butterfly",
+        stem_stride: int | None = 1,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "flatten",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if mixing not in ("butterfly", "dense"):
+            raise ValueError(f"mixing={mixing!r} is not one of 'butterfly', 'dense'")
+        grid = (grid_size, grid_size)
+        height, width = to_2tuple(img_size)
+        self.img_size = [height, width]
+        self.stem = ImageStem(in_chans, channels, grid, stem_stride, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        across = mixing == "dense"
+        self.blocks = nn.Sequential(
+            *[
+                nn.Sequential(
+                    *[
+                        PatchStep(PatchFold(channels, grid, size), mlp_ratio, across, proj_drop_rate, rates[i], **dd)
+                        for size in patch_sizes
+                    ]
+                )
+                for i in range(depth)
+            ]
+        )
+        self.norm = nn.Identity()
+        self.finish(
+            num_classes=num_classes,
+            in_chans=in_chans,
+            features=channels,
+            grid=grid,
+            widths=[channels] * depth,
+            reduction=[max(1, height // grid_size)] * depth,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+    def leave(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> pixels as tokens, (B, N, C)."""
+        return x.flatten(2).transpose(1, 2)
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """Pixels -> (B, C, H, W), resized to the input's grid where the mixed image is the finer one."""
+        x = x.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1]])
+        if self.grid[0] > self.img_size[0]:
+            x = F.interpolate(x, size=self.img_size, mode="bilinear", align_corners=True)
+        return x
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PatchOnlyMixer) -> dict[str, Tensor]:
+    """For images of another number of channels: the 1x1 convolution that sums or repeats them, where there is no stem."""
+    adapt = model.stem.adapt
+    if adapt is None or "stem.adapt.weight" in state_dict:
+        return state_dict
+    same = torch.eye(adapt.out_channels)[:, :, None, None]
+    return state_dict | {"stem.adapt.weight": adapt_input_conv(adapt.in_channels, same, base_chans=adapt.out_channels)}
+
+
+_PAPER = {"grid_size": 35, "patch_sizes": (5, 7), "channels": 3, "stem_stride": None}
+_TINY = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 4, "depth": 6}
+_SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
+
+VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
+    {
+        # CIFAR-10 accuracy in the paper: 84.23 and 84.91 %.
+        "patch_only_mixer_paper_d7": _PAPER | {"depth": 7},
+        "patch_only_mixer_paper_d10": _PAPER | {"depth": 10},
+        "patch_only_mixer_tiny_32": _TINY,
+        "patch_only_mixer_small_32": _SMALL,
+        "patch_only_mixer_small_64": _SMALL | {"img_size": 64, "stem_stride": 2},
+        "patch_only_mixer_small_224": _SMALL | {"img_size": 224, "stem_stride": 8, "channels": 12},
+    }
+)
+
+
+def _cfg(args: dict[str, Any]) -> dict[str, Any]:
+    first_conv = "stem.lift.conv" if args.get("stem_stride", 1) else ()
+    return base_cfg(args.get("img_size", 32), first_conv=first_conv, fixed_input_size=True)
+
+
+default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.items()})
+
+
+def _create_patch_only_mixer(variant: str, pretrained: bool = False, **kwargs: Any) -> PatchOnlyMixer:
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    return build(PatchOnlyMixer, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+
+
+register_variants(__name__, _create_patch_only_mixer, VARIANTS)

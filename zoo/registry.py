@@ -1,0 +1,39 @@
+"""One entry point of timm for each row of a family's table of variants."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import register_model
+from torch import nn
+
+
+def with_dense_twins(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Adds `name_dense` for every variant: the same shape with `mixing="dense"`."""
+    return variants | {f"{name}_dense": args | {"mixing": "dense"} for name, args in variants.items()}
+
+
+def register_variants(module: str, create: Callable[..., nn.Module], variants: dict[str, dict[str, Any]]) -> None:
+    """Registers `name(pretrained=False, **kwargs)`, which calls `create(name, pretrained, **args | kwargs)`, for each row.
+
+    Args:
+        module: `__name__` of the family's module, which holds its `default_cfgs` and gets the functions.
+        create: builds a variant.
+        variants: arguments of the model by name; a caller's keyword arguments override them.
+    """
+    for name, args in variants.items():
+        entry_point = _entry_point(module, create, name, args)
+        setattr(sys.modules[module], name, entry_point)
+        register_model(entry_point)
+
+
+def _entry_point(
+    module: str, create: Callable[..., nn.Module], name: str, args: dict[str, Any]
+) -> Callable[..., nn.Module]:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **args | kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = module
+    entry_point.__doc__ = f"{', '.join(f'{key}={value!r}' for key, value in args.items())}."
+    return entry_point

@@ -1,0 +1,203 @@
+"""Trunk: what every family shares with timm. Stem -> blocks -> norm -> pool -> head, and timm's model interface on it.
+
+A family builds `stem`, `blocks` and `norm`, calls `finish`, and overrides the hooks `embed`, `leave` and `to_map` where
+its blocks work in a layout of their own.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+POOLS = ("", "avg", "max", "flatten")
+
+
+class Trunk(nn.Module):
+    """Base class of the families; see the module's docstring for what a family adds.
+
+    `num_features` is the width of a feature, C, and also of what the model returns without a classifier. The two differ
+    under the papers' flattened heads: there it is C with a classifier and N * C, `head_hidden_size`, without.
+    """
+
+    if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
+        stem: nn.Module
+        blocks: nn.Sequential
+        norm: nn.Module
+        head: nn.Module
+
+    def finish(
+        self,
+        *,
+        num_classes: int,
+        in_chans: int,
+        features: int,
+        grid: tuple[int, int],
+        reduction: list[int],
+        widths: list[int],
+        global_pool: str,
+        drop_rate: float,
+        makes_maps: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """Adds the head and timm's book-keeping; called last in a family's `__init__`.
+
+        Args:
+            num_classes: 0 for no classifier.
+            in_chans: channels of the input image.
+            features: channels C of the last block's output.
+            grid: (rows, columns) of the last block's output; a flattened head depends on it.
+            reduction, widths: input pixels per feature position, and channels, after each block.
+            global_pool: "avg", "max", "flatten" (keeps every position, as the papers do) or "" for none.
+            drop_rate: dropout before the classifier.
+            makes_maps: features are maps (B, C, H, W), not tokens (B, N, C).
+        """
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.features, self.grid, self.makes_maps = features, grid, makes_maps
+        self.global_pool = _checked_pool(global_pool)
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": width, "reduction": pixels}
+            for i, (width, pixels) in enumerate(zip(widths, reduction, strict=True))
+        ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._classifier(device, dtype)
+
+    def _classifier(self, device, dtype) -> nn.Module:
+        flat = self.features * self.grid[0] * self.grid[1]
+        self.head_hidden_size = flat if self.global_pool == "flatten" else self.features
+        self.num_features = self.features if self.num_classes > 0 else self.head_hidden_size
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> what the blocks take."""
+        return self.stem(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the blocks give -> features: tokens (B, N, C), or maps (B, C, H, W)."""
+        return x
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """Features -> (B, C, H, W)."""
+        if self.makes_maps:
+            return x
+        return x.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1]])
+
+    # timm's interface ------------------------------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions for layer-wise learning-rate decay."""
+        return {"stem": r"^stem|^pos_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone, besides biases and norms."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last Linear, or Identity where there are no classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head for `num_classes` (0: none), and optionally another pooling."""
+        if global_pool is not None:
+            self.global_pool = _checked_pool(global_pool)
+        self.num_classes = num_classes
+        weight = next(self.parameters())
+        self.head = self._classifier(weight.device, weight.dtype)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after chosen blocks, as timm's `forward_intermediates`: see there for the arguments.
+
+        Raises:
+            ValueError: `output_fmt` is neither "NCHW" nor, for families of tokens, "NLC".
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not one of 'NCHW', 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x = self.embed(x)
+        intermediates = []
+        blocks = self.blocks[: last + 1] if stop_early and not torch.jit.is_scripting() else self.blocks
+        for i, block in enumerate(blocks):
+            x = self._run(block, x)
+            if i in take:
+                tap = self.leave(self.norm(x) if norm else x)
+                intermediates.append(self.to_map(tap) if output_fmt == "NCHW" else tap)
+        if intermediates_only:
+            return intermediates
+        return self.leave(self.norm(x)), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the blocks after the last of `indices`, and the norm and the head where asked."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        cut = last < len(self.blocks) - 1
+        self.blocks = self.blocks[: last + 1]
+        width = self.feature_info[last]["num_chs"]
+        if prune_norm or width != self.features:
+            self.norm = nn.Identity()
+        self.features = width
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(blocks if isinstance(blocks, nn.Sequential) else [blocks], x)
+        return blocks(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
+        x = self.embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.leave(self.norm(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Features -> (B, head_hidden_size); unchanged where `global_pool` is ""."""
+        if self.global_pool == "":
+            return x
+        if self.global_pool == "flatten":
+            return x.flatten(1)
+        axes = [2, 3] if self.makes_maps else [1]
+        return x.mean(axes) if self.global_pool == "avg" else x.amax(axes)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits (B, num_classes), or with `pre_logits` what the classifier would take."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _checked_pool(global_pool: str) -> str:
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool={global_pool!r} is not one of {POOLS}")
+    return global_pool

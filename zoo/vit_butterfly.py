@@ -1,0 +1,245 @@
+"""Butterfly ViT: a Vision Transformer whose attention stays inside strided groups of tokens.
+
+Paper: Dimension Mixer, section 4.2 (arXiv 2311.18735). Levels of the butterfly over the tokens alternate from block to
+block, so two blocks reach every token at N * sqrt(N) cost each instead of N * N. The `paper` variants are the paper's
+(post-norm, no positions, flattened head, linear patches). Ours (`nano`, `tiny`, `small`) differ: pre-norm, learned
+position embedding, convolution stem, average pooling. `mixing="dense"` is the same model with attention over all tokens.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from .butterfly import ButterflySchedule, Level, square_radix
+from .data_cfg import base_cfg
+from .layers import ButterflyAttention, Permute, TokenStem, random_order
+from .pretrained import build
+from .pretrained import default_cfgs as make_default_cfgs
+from .registry import register_variants, with_dense_twins
+from .trunk import Trunk
+
+
+class Block(nn.Module):
+    """Attention on one level, then an MLP over channels, each with a residual; norms before (ours) or after (paper)."""
+
+    def __init__(
+        self,
+        dim: int,
+        level: Level,
+        num_heads: int,
+        mlp_ratio: float,
+        pre_norm: bool,
+        drop: float,
+        drop_path: float,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = ButterflyAttention(dim, level, num_heads, proj_drop=drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        if self.pre_norm:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop_path(self.attn(x)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+class ButterflyVit(Trunk):
+    """See the module's docstring.
+
+    Args:
+        img_size: (H, W) or one number.
+        patch_size: side of a patch.
+        embed_dim, depth, num_heads, mlp_ratio: as in timm; depth counts attention layers.
+        mixing: "butterfly", or "dense" for attention over all tokens.
+        radix: tokens in a group; None for the smallest divisor of their number that is at least its square root.
+        token_order: "raster", or "random" for a fixed random order of the tokens under the butterfly.
+        seed: of that order.
+        pre_norm: norm before the mixers and one at the end; else after each residual, as in the paper.
+        pos_embed: learn a position embedding.
+        conv_stem: embed patches with 3x3 convolutions; else with one linear map.
+        num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: a patch that does not divide the image, a radix that does not divide the tokens, unknown options.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depth: int = 8,
+        num_heads: int = 8,
+        mlp_ratio: float = 2.0,
+        mixing: str = "butterfly",
+        radix: int | None = None,
+        token_order: str = "raster",
+        seed: int = 0,
+        pre_norm: bool = True,
+        pos_embed: bool = True,
+        conv_stem: bool = True,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if mixing not in ("butterfly", "dense"):
+            raise ValueError(f"mixing={mixing!r} is not one of 'butterfly', 'dense'")
+        if token_order not in ("raster", "random"):
+            raise ValueError(f"token_order={token_order!r} is not one of 'raster', 'random'")
+        self.mixing, self.radix, self.seed = mixing, radix, seed
+        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, **dd)
+        tokens = self.stem.grid[0] * self.stem.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **dd)) if pos_embed else None
+        order = random_order(tokens, seed)
+        self.order = Permute(order, 1, persistent=True, device=device) if token_order == "random" else None
+        schedule = self._schedule(tokens)
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(
+            *[
+                Block(embed_dim, schedule.level(i), num_heads, mlp_ratio, pre_norm, proj_drop_rate, rates[i], **dd)
+                for i in range(depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(embed_dim, **dd) if pre_norm else nn.Identity()
+        self.finish(
+            num_classes=num_classes,
+            in_chans=in_chans,
+            features=embed_dim,
+            grid=self.stem.grid,
+            widths=[embed_dim] * depth,
+            reduction=[patch_size] * depth,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.init_weights()
+
+    def _schedule(self, tokens: int) -> ButterflySchedule:
+        if self.mixing == "dense":
+            return ButterflySchedule(tokens, tokens)
+        return ButterflySchedule(tokens, self.radix or square_radix(tokens))
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Truncated normal of std 0.02 for positions and linear maps, zero biases: as in timm's ViT."""
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The position embedding."""
+        return {"pos_embed"}
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Image -> tokens with their positions, in the butterfly's order."""
+        x = self.stem(x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return x if self.order is None else self.order(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Tokens back in raster order."""
+        return x if self.order is None else self.order.undo(x)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Take images of another size: resamples the positions and lays the schedule over the new number of tokens.
+
+        Raises:
+            ValueError: another `patch_size`, which would need another stem; a size that the patch, or a number of
+                tokens that the radix, does not divide; a flattened head, whose weights belong to positions.
+        """
+        if patch_size not in (None, self.stem.patch_size):
+            raise ValueError(f"patch_size={patch_size}: this model is built for patches of {self.stem.patch_size}")
+        if img_size is None or to_2tuple(img_size) == self.stem.img_size:
+            return
+        if self.global_pool == "flatten" and self.num_classes > 0:
+            raise ValueError("a flattened head has a weight for every position: reset_classifier(0) before resizing")
+        old, size = self.stem.grid, to_2tuple(img_size)
+        self.stem.set_input_size(size)
+        self.grid = self.stem.grid
+        tokens = self.grid[0] * self.grid[1]
+        schedule = self._schedule(tokens)
+        for i, block in enumerate(self.blocks):
+            block.attn.set_level(schedule.level(i))
+        if self.pos_embed is not None:
+            resampled = resample_abs_pos_embed(self.pos_embed.data, list(self.grid), list(old), num_prefix_tokens=0)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        if self.order is not None:
+            device = self.order.order.device
+            self.order = Permute(random_order(tokens, self.seed), 1, persistent=True, device=device)
+        if self.num_classes == 0:
+            self.reset_classifier(0)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ButterflyVit) -> dict[str, Tensor]:
+    """Resamples the positions of a checkpoint of another (square) input size."""
+    positions = state_dict.get("pos_embed")
+    if positions is None or model.pos_embed is None or positions.shape == model.pos_embed.shape:
+        return state_dict
+    resampled = resample_abs_pos_embed(positions, list(model.grid), num_prefix_tokens=0)
+    orders = {"order.order": model.order.order, "order.inverse": model.order.inverse} if model.order else {}
+    return state_dict | {"pos_embed": resampled} | orders
+
+
+_PAPER = {"pre_norm": False, "pos_embed": False, "conv_stem": False, "global_pool": "flatten", "num_heads": 8}
+_NANO = {"embed_dim": 96, "depth": 6, "num_heads": 3}
+_TINY = {"embed_dim": 128, "depth": 8, "num_heads": 4}
+_SMALL = {"embed_dim": 192, "depth": 12, "num_heads": 6}
+
+VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
+    {
+        # CIFAR-10 accuracy in the paper: 83.33, 83.67, 78.95, 72.82 %.
+        "vit_butterfly_paper_patch4_d4": _PAPER | {"patch_size": 4, "embed_dim": 128, "depth": 4},
+        "vit_butterfly_paper_patch4_d8": _PAPER | {"patch_size": 4, "embed_dim": 128, "depth": 8},
+        "vit_butterfly_paper_patch2_d4": _PAPER | {"patch_size": 2, "embed_dim": 64, "depth": 4},
+        "vit_butterfly_paper_patch1_d4": _PAPER | {"patch_size": 1, "embed_dim": 64, "depth": 4},
+        "vit_butterfly_nano_patch4_32": _NANO | {"patch_size": 4},
+        "vit_butterfly_nano_patch2_32": _NANO | {"patch_size": 2},
+        "vit_butterfly_tiny_patch4_32": _TINY | {"patch_size": 4},
+        "vit_butterfly_tiny_patch2_32": _TINY | {"patch_size": 2},
+        "vit_butterfly_small_patch4_32": _SMALL | {"patch_size": 4},
+        "vit_butterfly_small_patch2_32": _SMALL | {"patch_size": 2},
+        "vit_butterfly_small_patch4_64": _SMALL | {"patch_size": 4, "img_size": 64},
+        "vit_butterfly_small_patch16_224": _SMALL | {"patch_size": 16, "img_size": 224, "embed_dim": 384},
+    }
+)
+
+
+def _cfg(args: dict[str, Any]) -> dict[str, Any]:
+    first_conv = "stem.proj.0.conv" if args.get("conv_stem", True) else "stem.proj"
+    return base_cfg(args.get("img_size", 32), first_conv=first_conv, fixed_input_size=True)
+
+
+default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.items()})
+
+
+def _create_vit_butterfly(variant: str, pretrained: bool = False, **kwargs: Any) -> ButterflyVit:
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    return build(ButterflyVit, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+
+
+register_variants(__name__, _create_vit_butterfly, VARIANTS)
