@@ -15,8 +15,7 @@ mixing layers want, without a copy; channel mixing sees channels last, as LayerN
 
 from typing import Any
 
-import torch
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from .butterfly import square_radix
@@ -25,7 +24,7 @@ from .layers import ButterflyMlp, DenseMlp, FeatureMixer, MonarchMlp, TokenStem
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
-from .trunk import Trunk
+from .trunk import Trunk, drop_path_rates
 
 
 def make_mlp(mixing: str, n: int, radix: int, ratio: int, drop: float, device=None, dtype=None) -> FeatureMixer:
@@ -38,7 +37,9 @@ def make_mlp(mixing: str, n: int, radix: int, ratio: int, drop: float, device=No
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after a LayerNorm over channels and with a residual."""
 
-    def __init__(self, token_mlp: FeatureMixer, channel_mlp: FeatureMixer, dim: int, drop_path: float, **dd: Any) -> None:
+    def __init__(
+        self, token_mlp: FeatureMixer, channel_mlp: FeatureMixer, dim: int, drop_path: float, **dd: Any
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.token_mlp = token_mlp
@@ -107,7 +108,7 @@ class ButterflyMixer(Trunk):
         tokens = self.stem.grid[0] * self.stem.grid[1]
         token_radix = token_radix or square_radix(tokens)
         channel_radix = channel_radix or square_radix(embed_dim)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(
             *[
                 MixerBlock(

@@ -9,17 +9,17 @@ three stages of widths w, 2w, 4w, two 3x3 convolutions a block.
   * `mixing="dense"`: the dense ResNet of the same widths.
 
 Differs from the paper: the model works in channels_last, which grouped convolutions want on a CPU. In block-mix a stage
-keeps the number of groups that its input has, as the paper's parameter counts show, so a stage that doubles its channels
-has groups of 2a from its second block on; here the levels step by the groups the convolutions have, 2a, in the paper's
-code by a. The variants without a depth in their name are ours: groups of the same size, most of 16 channels and more, in
-both convolutions, and a stem that downsamples for larger inputs.
+keeps the number of groups that its input has, as the paper's parameter counts show, so a stage that doubles its
+channels has groups of 2a from its second block on; here the levels step by the groups the convolutions have, 2a, in the
+paper's code by a. The variants without a depth in their name are ours: groups of the same size, most of 16 channels and
+more, in both convolutions, and a stem that downsamples for larger inputs.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule, Level
@@ -28,7 +28,7 @@ from .layers import ConvNorm, ConvStem, gather_groups, scatter_groups
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
-from .trunk import Trunk
+from .trunk import Trunk, drop_path_rates
 
 
 class BasicBlock(nn.Module):
@@ -131,14 +131,14 @@ class ButterflyResNet(Trunk):
             raise ValueError(f"mixing={mixing!r} is not one of 'conv', 'block', 'dense'")
         self.stem = ConvStem(in_chans, width, stem_stride, **dd)
         self.norm = nn.Identity()
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages, chs = [], width
         for i, depth in enumerate(depths):
             out_chs, groups = width * 2**i, max(1, chs // radix[i])
             blocks: list[nn.Module] = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                drop = rates[i][j]
+                drop = next(rates)
                 if mixing == "dense":
                     blocks.append(BasicBlock(chs, out_chs, stride, drop_path=drop, **dd))
                 elif mixing == "conv":
@@ -194,9 +194,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "butterfly_resnet20_blockmix_w32": {"width": 32, "radix": (4, 4, 8), "mixing": "block"},
         "butterfly_resnet20_blockmix_w64": {"width": 64, "radix": (4, 8, 8), "mixing": "block"},
         # Four blocks a stage, the paper's "ResNet-23".
-        "butterfly_resnet26_blockmix_w64": {
-            "depths": (4, 4, 4), "width": 64, "radix": (8, 16, 16), "mixing": "block"
-        },
+        "butterfly_resnet26_blockmix_w64": {"depths": (4, 4, 4), "width": 64, "radix": (8, 16, 16), "mixing": "block"},
         "butterfly_resnet_nano_32": _NANO,
         "butterfly_resnet_tiny_32": _TINY,
         "butterfly_resnet_small_32": _SMALL,

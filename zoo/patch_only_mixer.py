@@ -5,15 +5,15 @@ a step cuts the image into patches, runs LayerNorm and one MLP on the values of 
 5x5 and 7x7 on a 35x35 image alternate; what one keeps apart the other brings together. Depth counts pairs of steps.
 
 The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
-image to more channels with a convolution first, which for larger inputs is strided. The dense twin adds, to every step, an MLP across the patches (the
-token mixing of an MLP-Mixer), so that each step reaches the whole image.
+image to more channels with a convolution first, which for larger inputs is strided. The dense twin adds, to every step,
+an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from .layers import ConvNorm, DenseMlp, PatchFold
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
-from .trunk import Trunk
+from .trunk import Trunk, drop_path_rates
 
 
 class ImageStem(nn.Module):
@@ -52,7 +52,7 @@ class ImageStem(nn.Module):
 
 
 class PatchStep(nn.Module):
-    """Unfold into patches, LayerNorm, MLP of ratio 2, fold, residual; `across` also mixes the patches among themselves."""
+    """Unfold into patches, LayerNorm, MLP, fold, residual; with `across`, then the same among the patches."""
 
     def __init__(
         self, fold: PatchFold, ratio: int, across: bool, drop: float, drop_path: float, device=None, dtype=None
@@ -122,7 +122,7 @@ class PatchOnlyMixer(Trunk):
         height, width = to_2tuple(img_size)
         self.img_size = [height, width]
         self.stem = ImageStem(in_chans, channels, grid, stem_stride, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         across = mixing == "dense"
         self.blocks = nn.Sequential(
             *[
@@ -161,9 +161,9 @@ class PatchOnlyMixer(Trunk):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PatchOnlyMixer) -> dict[str, Tensor]:
-    """For images of another number of channels: the 1x1 convolution that sums or repeats them, where there is no stem."""
+    """Adds the 1x1 convolution that sums or repeats channels, for images with another number of them than it keeps."""
     adapt = model.stem.adapt
-    if adapt is None or "stem.adapt.weight" in state_dict:
+    if not isinstance(adapt, nn.Conv2d) or "stem.adapt.weight" in state_dict:
         return state_dict
     same = torch.eye(adapt.out_channels)[:, :, None, None]
     return state_dict | {"stem.adapt.weight": adapt_input_conv(adapt.in_channels, same, base_chans=adapt.out_channels)}

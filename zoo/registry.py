@@ -14,7 +14,7 @@ def with_dense_twins(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str,
 
 
 def register_variants(module: str, create: Callable[..., nn.Module], variants: dict[str, dict[str, Any]]) -> None:
-    """Registers `name(pretrained=False, **kwargs)`, which calls `create(name, pretrained, **args | kwargs)`, for each row.
+    """Registers, for each row, `name(pretrained=False, **kwargs)`: `create(name, pretrained, **args | kwargs)`.
 
     Args:
         module: `__name__` of the family's module, which holds its `default_cfgs` and gets the functions.

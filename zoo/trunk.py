@@ -197,6 +197,11 @@ class Trunk(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, growing linearly from 0 to `last`."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
 def _checked_pool(global_pool: str) -> str:
     if global_pool not in POOLS:
         raise ValueError(f"global_pool={global_pool!r} is not one of {POOLS}")

@@ -3,13 +3,14 @@
 Paper: Dimension Mixer, section 4.2 (arXiv 2311.18735). Levels of the butterfly over the tokens alternate from block to
 block, so two blocks reach every token at N * sqrt(N) cost each instead of N * N. The `paper` variants are the paper's
 (post-norm, no positions, flattened head, linear patches). Ours (`nano`, `tiny`, `small`) differ: pre-norm, learned
-position embedding, convolution stem, average pooling. `mixing="dense"` is the same model with attention over all tokens.
+position embedding, convolution stem, average pooling. `mixing="dense"` is the same model with attention over all
+tokens.
 """
 
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule, Level, square_radix
@@ -18,7 +19,7 @@ from .layers import ButterflyAttention, Permute, TokenStem, random_order
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
-from .trunk import Trunk
+from .trunk import Trunk, drop_path_rates
 
 
 class Block(nn.Module):
@@ -112,7 +113,7 @@ class ButterflyVit(Trunk):
         order = random_order(tokens, seed)
         self.order = Permute(order, 1, persistent=True, device=device) if token_order == "random" else None
         schedule = self._schedule(tokens)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(
             *[
                 Block(embed_dim, schedule.level(i), num_heads, mlp_ratio, pre_norm, proj_drop_rate, rates[i], **dd)
@@ -183,8 +184,8 @@ class ButterflyVit(Trunk):
         self.grid = self.stem.grid
         tokens = self.grid[0] * self.grid[1]
         schedule = self._schedule(tokens)
-        for i, block in enumerate(self.blocks):
-            block.attn.set_level(schedule.level(i))
+        for i, attention in enumerate(m for m in self.modules() if isinstance(m, ButterflyAttention)):
+            attention.set_level(schedule.level(i))
         if self.pos_embed is not None:
             resampled = resample_abs_pos_embed(self.pos_embed.data, list(self.grid), list(old), num_prefix_tokens=0)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)

@@ -6,9 +6,10 @@ It narrows `timm.list_models` to our families before that file is collected, lea
 models, and stops the run unless every test below was collected for every architecture it is for.
 """
 
-import dimmix  # noqa: F401  registers the families
 import pytest
 import timm
+
+import dimmix  # noqa: F401  registers the families
 from dimmix import FAMILIES
 
 _ALL = (
@@ -22,7 +23,10 @@ _ALL = (
     "test_model_backward_fx",
     "test_model_forward_fx_torchscript",
 )
-_BY_KIND = {True: ("test_model_default_cfgs", "test_model_forward_features"), False: ("test_model_default_cfgs_non_std",)}
+_BY_KIND = {
+    True: ("test_model_default_cfgs", "test_model_forward_features"),
+    False: ("test_model_default_cfgs_non_std",),
+}
 
 _list_all = timm.list_models
 
@@ -39,7 +43,8 @@ timm.list_pretrained = lambda filter="", exclude_filters="": _list_ours(
 
 
 def pytest_configure(config):
-    for marker in "base cfg cfg_nonstd torchscript features fxforward fxbackward forward backward".split():
+    markers = "base cfg cfg_nonstd torchscript features fxforward fxbackward forward backward"
+    for marker in markers.split():
         config.addinivalue_line("markers", f"{marker}: timm's")
 
 

@@ -1,0 +1,136 @@
+"""Classifier: every kind of image gives the same answer; streams are lazy and go on past what is broken."""
+
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dimmix import Classifier
+from dimmix.classifier import load_batches
+from dimmix.errors import DimmixError
+from dimmix.images import ImageError
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny):
+    return Classifier(tiny.architecture, "cpu", tiny.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def photo(class_folders):
+    return sorted(class_folders.glob("cat/*.png"))[0]
+
+
+def test_labels_and_transform_come_from_the_card(classifier):
+    assert classifier.labels[3] == "cat"
+    assert len(classifier.labels) == 10
+    assert classifier.runtime.spec.preprocess.mean == (0.49, 0.48, 0.45)
+
+
+def test_predictions_are_the_softmax_of_the_model_best_first(classifier, cifar_rows, tiny):
+    image = cifar_rows[0][0]
+    with torch.inference_mode():
+        expected = classifier.runtime.model(classifier.transform(image)[None])[0].softmax(0)
+    predictions = classifier.predict(image, topk=10)
+    assert [p.index for p in predictions] == expected.argsort(descending=True).tolist()
+    assert sum(p.score for p in predictions) == pytest.approx(1)
+    assert predictions[0].score == pytest.approx(expected.max().item(), abs=1e-6)
+
+
+def test_paths_images_arrays_bytes_and_tensors_agree(classifier, photo):
+    image = Image.open(photo)
+    pixels = np.asarray(image)
+    chw = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    kinds = [photo, str(photo), photo.read_bytes(), image, pixels, chw, classifier.transform(image)]
+    answers = [classifier.predict(kind, topk=1)[0].score for kind in kinds]
+    assert answers == pytest.approx([answers[0]] * len(kinds), abs=1e-6)
+
+
+def test_several_images_give_a_list_of_answers(classifier, photo, cifar_rows):
+    images = [image for image, _ in cifar_rows[:3]]
+    answers = classifier.predict(images, topk=2)
+    assert [len(answer) for answer in answers] == [2, 2, 2]
+    stack = torch.stack([classifier.transform(image) for image in images])
+    assert classifier.predict(stack, topk=2)[1][0].index == answers[1][0].index
+
+
+def test_embeddings_are_the_pooled_features(classifier, cifar_rows):
+    rows = classifier.embed([image for image, _ in cifar_rows[:2]])
+    assert rows.shape == (2, classifier.runtime.model.head_hidden_size)
+    assert np.array_equal(classifier.embed(cifar_rows[0][0]).shape, rows[0].shape)
+
+
+def test_a_stream_goes_on_past_a_broken_image(classifier, photo, tmp_path):
+    results = list(classifier.stream([photo, tmp_path / "none.png", photo], batch_size=2))
+    assert [result.error for result in results] == [None, "no such file or directory", None]
+    with pytest.raises(ImageError, match=r"none\.png: no such file"):
+        classifier.predict([tmp_path / "none.png"])
+
+
+def test_a_stream_is_lazy(classifier, cifar_rows):
+    endless = itertools.cycle([cifar_rows[0][0]])
+    results = list(itertools.islice(classifier.stream(endless, batch_size=4, workers=2), 6))
+    assert [result.predictions[0] for result in results] == [results[0].predictions[0]] * 6
+
+
+def test_loading_works_ahead_by_a_bounded_number_and_keeps_the_order():
+    taken = []
+
+    def items():
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+
+    batches = load_batches(items(), lambda number: np.array(number), batch_size=8, workers=2)
+    assert [item for item, _ in next(batches)] == list(range(8))
+    assert len(taken) <= 8 * 4
+    batches.close()
+
+
+def test_a_float_array_of_another_shape_is_refused(classifier):
+    with pytest.raises(ImageError, match="after `transform` they are"):
+        classifier.predict(np.zeros((32, 32, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "no_such_model.tag"])
+def test_an_unknown_model_is_a_usage_error(name):
+    with pytest.raises(DimmixError, match="unknown model") as caught:
+        Classifier(name)
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_model_names_close_matches():
+    with pytest.raises(DimmixError, match=r"did you mean .*resnet18"):
+        Classifier("resnet18x")
+
+
+def test_weights_of_another_architecture_say_what_does_not_fit(tiny):
+    with pytest.raises(DimmixError, match=r"tiny\.safetensors: the weights do not fit resnet18: .* expected"):
+        Classifier("resnet18", "cpu", tiny.checkpoint)
+
+
+def test_a_changed_checkpoint_does_not_match_its_card(tiny, tmp_path):
+    content = bytearray(tiny.checkpoint.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "tiny.safetensors").write_bytes(content)
+    (tmp_path / "tiny.json").write_bytes(tiny.checkpoint.with_suffix(".json").read_bytes())
+    with pytest.raises(DimmixError, match="sha256"):
+        Classifier(tiny.architecture, "cpu", tmp_path / "tiny.safetensors")
+
+
+def test_an_absent_device_names_those_there_are(tiny):
+    if torch.backends.mps.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(DimmixError, match="not on this machine, which has cpu"):
+        Classifier(tiny.architecture, "mps", tiny.checkpoint)
+
+
+def test_a_local_dir_of_timm_is_a_model(tiny, tmp_path, cifar_rows):
+    from timm.models import save_for_hf
+
+    model = timm.create_model(tiny.architecture, num_classes=10).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert len(Classifier(f"local-dir:{tmp_path}", "cpu").predict(cifar_rows[0][0])) == 5

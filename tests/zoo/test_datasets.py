@@ -1,0 +1,137 @@
+"""Every layout gives the same samples; labels are matched by name or number, or refused with both sides shown."""
+
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dimmix.datasets import LabelledImages, match_labels, open_dataset
+from dimmix.errors import DimmixError
+from dimmix.images import open_image
+
+from ..conftest import CIFAR10, LABELS
+
+
+def test_class_folders_have_sorted_classes_and_all_images(class_folders):
+    dataset = open_dataset(str(class_folders))
+    samples = list(dataset)
+    assert dataset.labels == LABELS
+    assert [sample.label for sample in samples] == [label for label in range(10) for _ in range(6)]
+    assert samples[0].source.startswith(f"{class_folders}/airplane/")
+
+
+def test_a_split_is_a_folder_above_the_classes(class_folders, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(class_folders)
+    assert open_dataset(str(tmp_path)).split == "val"
+    assert open_dataset(str(tmp_path), split="train").split == "train"
+    with pytest.raises(DimmixError, match=r"no split 'test' among train, val"):
+        open_dataset(str(tmp_path), split="test")
+
+
+def test_parquet_has_the_labels_of_its_metadata(cifar_rows):
+    dataset = open_dataset(str(CIFAR10))
+    samples = list(dataset)
+    assert (dataset.labels, dataset.length, len(samples)) == (LABELS, 60, 60)
+    assert np.array_equal(np.asarray(open_image(samples[7].image)), np.asarray(cifar_rows[7][0]))
+    assert samples[7].label == cifar_rows[7][1]
+
+
+def test_a_folder_of_shards_is_read_whole_and_its_held_out_split_first(tmp_path):
+    for name in ("test-00000-of-00002", "test-00001-of-00002", "train-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").write_bytes(CIFAR10.read_bytes())
+    dataset = open_dataset(str(tmp_path))
+    assert (dataset.split, dataset.length) == ("test", 120)
+    assert open_dataset(str(tmp_path), split="train").length == 60
+
+
+def test_columns_may_be_named_and_labels_be_text(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    table = pa.table({"n": [1, 2], "kind": ["cat", "dog"], "photo": pa.array([file.getvalue()] * 2, pa.binary())})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    dataset = open_dataset(str(tmp_path / "x.parquet"), label_column="kind")
+    assert (dataset.labels, [sample.label for sample in dataset]) == (("cat", "dog"), [0, 1])
+    with pytest.raises(DimmixError, match="no label column foo among n, kind"):
+        open_dataset(str(tmp_path / "x.parquet"), label_column="foo")
+
+
+def cifar_archive(path, meta, batches, **extra):
+    """A CIFAR python archive as the original is: protocol 2, bytes for keys."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, value in {**meta, **batches, **extra}.items():
+            content = pickle.dumps(value, protocol=2)
+            entry = tarfile.TarInfo(f"cifar/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def test_cifar_python_archives_are_read(tmp_path, cifar_rows):
+    pixels = np.stack([np.asarray(image).transpose(2, 0, 1).reshape(-1) for image, _ in cifar_rows[:5]])
+    batch = {b"data": pixels, b"labels": [label for _, label in cifar_rows[:5]]}
+    cifar_archive(tmp_path / "c.tar.gz", {"batches.meta": {b"label_names": list(LABELS)}}, {"test_batch": batch})
+    dataset = open_dataset(str(tmp_path / "c.tar.gz"))
+    samples = list(dataset)
+    assert (dataset.split, dataset.labels, dataset.length) == ("test", LABELS, 5)
+    assert np.array_equal(np.asarray(samples[3].image), np.asarray(cifar_rows[3][0]))
+
+
+def test_a_cifar_archive_can_run_no_code(tmp_path):
+    cifar_archive(tmp_path / "c.tar.gz", {"batches.meta": {b"label_names": print}}, {"test_batch": {}})
+    with pytest.raises(DimmixError, match="print has no business in a CIFAR archive"):
+        open_dataset(str(tmp_path / "c.tar.gz"))
+
+
+def test_a_hub_dataset_is_read_through_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_parquet(str(CIFAR10), cache_dir=str(tmp_path))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    dataset = open_dataset("hf://org/cifar")
+    assert (dataset.split, dataset.labels, len(list(dataset))) == ("test", LABELS, 60)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "no class folders"),
+        (lambda path: path.write_text("x"), "neither a folder"),
+    ],
+)
+def test_what_is_no_data_set_is_one_line(tmp_path, make, reason):
+    make(tmp_path / "x")
+    with pytest.raises(DimmixError, match=reason):
+        open_dataset(str(tmp_path / "x"))
+
+
+def test_a_broken_parquet_file_is_one_line(tmp_path):
+    (tmp_path / "x.parquet").write_text("x")
+    with pytest.raises(DimmixError, match="not a parquet file"):
+        open_dataset(str(tmp_path / "x.parquet"))
+
+
+def named(*labels):
+    return LabelledImages("data", "test", labels or None, 0, lambda: iter(()))
+
+
+def test_labels_are_matched_by_name_in_any_order_and_subset():
+    assert match_labels(named("Dog", "fire_truck"), "m", ["cat", "dog", "fire truck"]) == [1, 2]
+
+
+def test_labels_are_matched_by_number_where_one_side_has_no_names():
+    assert match_labels(named(), "m", ["cat", "dog"]) is None
+    assert match_labels(named("a", "b"), "m", ["0", "1"]) is None
+    assert match_labels(named("0", "2"), "m", ["a", "b", "c"]) == [0, 2]
+
+
+@pytest.mark.parametrize(("data", "model"), [(("cat", "cow"), ["cat", "dog"]), (("a", "b", "c"), ["0", "1"])])
+def test_a_mismatch_shows_both_sides(data, model):
+    with pytest.raises(DimmixError) as caught:
+        match_labels(named(*data), "m", model)
+    assert all(name in str(caught.value) for name in (*data, *model))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,68 @@
+"""Which positions of each layer move the score, and where the heat is."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from dimmix.classifier import Classifier
+from dimmix.errors import DimmixError
+from dimmix.explain import draw, explain
+from dimmix.images import sample_images
+from dimmix.runtime import TorchRuntime, model_spec
+
+
+def classifier(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    return Classifier.of(TorchRuntime(model, model_spec(model, name, {}), torch.device("cpu")))
+
+
+NAMES = (
+    "butterfly_resnet_nano_32",
+    "vit_butterfly_nano_patch4_32",
+    "butterfly_mixer_nano_32",
+    "patch_only_mixer_tiny_32",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_is_explained(name):
+    ours = classifier(name)
+    found = explain(ours, sample_images()[3])
+    assert found.prediction == ours.predict(sample_images()[3], topk=1)[0]
+    assert found.heat.shape == (32, 32)
+    assert 0 <= found.heat.min() <= found.heat.max() <= 1
+    assert len(found.layers) == len(ours.runtime.model.blocks)
+    assert all(layer.reaching == (layer.sensitivity > 0).mean() for layer in found.layers)
+
+
+def test_a_layer_that_reads_one_patch_is_reached_by_that_alone():
+    ours = classifier("vit_butterfly_nano_patch4_32")
+    model = ours.runtime.model
+    model.pool = lambda x: x[:, 0]
+    reaching = [layer.reaching for layer in explain(ours, sample_images()[0]).layers]
+    assert reaching[-3:] == [1.0, 8 / 64, 1 / 64]
+
+
+def test_the_sensitivity_is_the_gradient_of_the_asked_class():
+    ours = classifier("butterfly_resnet_nano_32")
+    first, second = (explain(ours, sample_images()[0], index).layers[-1].sensitivity for index in (0, 1))
+    weights = ours.runtime.model.head.weight.detach()
+    np.testing.assert_allclose(first[0, 0], weights[0].norm() / first.size, rtol=1e-4)
+    np.testing.assert_allclose(second[0, 0], weights[1].norm() / second.size, rtol=1e-4)
+
+
+def test_the_picture_is_written_whole_or_not_at_all(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = explain(classifier("butterfly_resnet_nano_32"), sample_images()[0])
+    draw(found, tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DimmixError, match="the picture is a"):
+        draw(found, tmp_path / "heat.txt")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_without_the_model_cannot_be_explained(brightest):
+    with pytest.raises(DimmixError, match="only a model of dimmix"):
+        explain(Classifier(str(brightest)), sample_images()[0])

@@ -1,0 +1,152 @@
+"""Every kind of export answers as the model does and carries its metadata; nothing unverified keeps its name."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+
+from dimmix import Classifier
+from dimmix.datasets import open_dataset
+from dimmix.errors import DimmixError
+from dimmix.export import export_model, is_convolutional, sample_dataset, split_dataset
+from dimmix.images import sample_images
+from dimmix.runtime import load_model, load_runtime
+
+from ..conftest import CIFAR10, LABELS
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return load_model(tiny.architecture, checkpoint=tiny.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def images(loaded):
+    return np.stack([loaded[1].preprocess(image) for image in sample_images()])
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return Classifier(tiny.architecture, "cpu", tiny.checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_an_exported_file_answers_as_the_model_with_its_labels(kind, loaded, reference, archive, tiny_onnx, cifar_rows):
+    again = Classifier(str({"pt2": archive, "onnx": tiny_onnx}[kind]), "cpu")
+    assert again.labels == list(LABELS)
+    assert again.runtime.spec.preprocess == loaded[1].preprocess
+    assert again.runtime.spec.card["tag"] == "random"
+    photos = [image for image, _ in cifar_rows[:5]]
+    expected = [[p.score for p in answer] for answer in reference.predict(photos)]
+    np.testing.assert_allclose([[p.score for p in answer] for answer in again.predict(photos)], expected, atol=1e-5)
+
+
+def test_safetensors_carry_labels_and_preprocessing_without_a_card_beside_them(loaded, images, tiny, tmp_path):
+    export_model(*loaded, "safetensors", tmp_path / "m.safetensors", images, atol=0)
+    again = Classifier(tiny.architecture, "cpu", tmp_path / "m.safetensors")
+    assert again.labels == list(LABELS)
+    assert again.runtime.spec.preprocess == loaded[1].preprocess
+
+
+def test_a_timm_dir_is_loaded_by_timm(loaded, images, tmp_path):
+    export_model(*loaded, "timm-dir", tmp_path / "folder", images, atol=0)
+    model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    with torch.inference_mode():
+        np.testing.assert_array_equal(model(torch.from_numpy(images)), loaded[0](torch.from_numpy(images)))
+    assert sorted(path.suffix for path in (tmp_path / "folder").iterdir()) == [".json", ".safetensors"]
+    with pytest.raises(DimmixError, match="there is something already"):
+        export_model(*loaded, "timm-dir", tmp_path / "folder", images, atol=0)
+
+
+def test_a_difference_over_atol_leaves_the_old_file(loaded, images, tmp_path, monkeypatch):
+    (tmp_path / "m.safetensors").write_text("old")
+    monkeypatch.setattr("dimmix.export._largest_difference", lambda *arguments: 0.5)
+    with pytest.raises(DimmixError, match=r"differ from the model's by 5\.00e-01, more than --atol 0\.1"):
+        export_model(*loaded, "safetensors", tmp_path / "m.safetensors", images, atol=0.1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_int8_of_a_mixer_is_dynamic_and_stays_near_the_model(tmp_path, images, loaded):
+    torch.manual_seed(0)
+    model = timm.create_model("butterfly_mixer_nano_32", num_classes=10, depth=1, conv_stem=False).eval()
+    written = export_model(model, loaded[1], "onnx", tmp_path / "m.onnx", images, atol=0.2, calibration=[images])
+    operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert not is_convolutional(model)
+    assert operators >= {"DynamicQuantizeLinear", "MatMulInteger"}
+    assert 0 < written.difference <= 0.2
+
+
+def test_most_weights_of_a_resnet_are_convolutions(loaded):
+    assert is_convolutional(loaded[0])
+
+
+def test_a_sample_of_a_data_set_is_drawn_from_all_of_it_and_split():
+    dataset = open_dataset(str(CIFAR10))
+    sample = sample_dataset(dataset, 40)
+    names = {item.source for item in sample}
+    assert (len(names), sample.length) == (40, 40)
+    assert names & {item.source for item in list(dataset)[40:]}
+    calibration, rest = split_dataset(sample)
+    assert (len(list(calibration)), len(list(rest))) == (10, 30)
+    assert {item.source for item in calibration} | {item.source for item in rest} == names
+
+
+@pytest.fixture(scope="module")
+def archive(loaded, images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pt2") / "m.pt2"
+    export_model(*loaded, "pt2", path, images, atol=1e-5)
+    return path
+
+
+def rewritten(archive, path, name, change):
+    """A copy of the archive with one part changed or added."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+        names = [*old.namelist(), *({name} - set(old.namelist()))]
+        for part in names:
+            content = old.read(part) if part in old.namelist() else b""
+            new.writestr(part, change(content) if part == name else content)
+    return path
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("data/sample_inputs/model.pt", lambda old: pickle.dumps(Harmful()), "sample inputs are a pickle"),
+        ("data/weights/model.pt", lambda old: pickle.dumps(Harmful()), "which no export of dimmix does"),
+        ("data/aotinductor/model/a.so", lambda old: b"", "which no export of dimmix does"),
+        (
+            "data/weights/model_weights_config.json",
+            lambda old: old.replace(b'"use_pickle": false', b'"use_pickle": true', 1),
+            "weights is a pickle",
+        ),
+        (
+            "models/model.json",
+            lambda old: json.dumps(json.loads(old) | {"x": {"expr_str": "open('/tmp/x')"}}).encode(),
+            "no plain expression",
+        ),
+    ],
+)
+def test_an_archive_that_could_run_code_is_refused(archive, tmp_path, part, change, reason, capsys):
+    root = zipfile.ZipFile(archive).namelist()[0].partition("/")[0]
+    path = rewritten(archive, tmp_path / "bad.pt2", f"{root}/{part}", change)
+    with pytest.raises(DimmixError, match=reason):
+        load_runtime(str(path))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_another_file_under_an_exports_suffix_is_one_line(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"hello")
+    with pytest.raises(DimmixError, match=rf"x\{suffix}: not a"):
+        load_runtime(str(path))

@@ -1,0 +1,216 @@
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import dimmix
+
+PAPER = {
+    "vit_butterfly_paper_patch4_d4": 618_122,
+    "vit_butterfly_paper_patch4_d8": 1_148_042,
+    "vit_butterfly_paper_patch2_d4": 298_570,
+    "vit_butterfly_paper_patch1_d4": 789_514,
+    "butterfly_mixer_paper_d7": 197_745,
+    "butterfly_mixer_paper_d7_monarch": 193_860,
+    "butterfly_mixer_paper_d7_dense": 615_288,
+    "patch_only_mixer_paper_d7": 807_082,
+    "patch_only_mixer_paper_d10": 1_137_220,
+    "butterfly_resnet20_convmix_w32": 129_578,
+    "butterfly_resnet20_blockmix_w32": 140_202,
+    "butterfly_resnet20_convmix_w64": 360_266,
+    "butterfly_resnet20_blockmix_w64": 331_594,
+    "butterfly_resnet26_blockmix_w64": 884_810,
+}
+
+
+def _create(name, **kwargs):
+    return timm.create_model(name, **kwargs).eval()
+
+
+def _image(model, batch=2):
+    return torch.randn(batch, *model.default_cfg["input_size"])
+
+
+@pytest.mark.parametrize(("name", "params"), PAPER.items())
+def test_parameter_counts_of_the_paper(name, params):
+    model = _create(name, num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+@pytest.mark.parametrize(
+    "order", ["import dimmix, timm", "import timm, dimmix", "from timm import create_model; import dimmix, timm"]
+)
+def test_families_register_whichever_import_comes_first(order):
+    code = f"{order}; print(timm.create_model('butterfly_resnet20_convmix_w32').num_classes)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "10\n"
+
+
+def test_importing_dimmix_imports_neither_torch_nor_timm():
+    code = "import dimmix, dimmix.checkpoints, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_no_name_of_ours_is_one_of_timms():
+    code = "import timm; print('\\n'.join(timm.list_models()))"
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(theirs) > 1000
+    assert not set(theirs) & set(dimmix.list_models())
+
+
+def test_every_sparse_variant_has_a_dense_twin_and_each_family_every_size():
+    names = set(dimmix.list_models())
+    assert all(f"{name}_dense" in names for name in names if not name.endswith(("_dense", "_monarch")))
+    for family in ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer"):
+        for size in (32, 64, 224):
+            assert any(name.startswith(family) and name.endswith(f"_{size}") for name in names)
+
+
+def test_list_models_filters_by_wildcard():
+    assert set(dimmix.list_models("*butterfly*")) == set(timm.list_models("*butterfly*"))
+    assert dimmix.list_models("vit_butterfly_paper*_d8") == ["vit_butterfly_paper_patch4_d8"]
+
+
+def test_dense_twin_has_the_shape_of_its_sparse_model_and_more_weights():
+    sparse, dense = _create("butterfly_resnet_nano_32"), _create("butterfly_resnet_nano_32_dense")
+    x = _image(sparse)
+    assert sparse.forward_features(x).shape == dense.forward_features(x).shape
+    assert sum(p.numel() for p in dense.parameters()) > 4 * sum(p.numel() for p in sparse.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32", "butterfly_resnet_nano_32"]
+)
+def test_images_of_a_batch_do_not_mix(name):
+    model = _create(name)
+    x = _image(model, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), torch.cat([model(image[None]) for image in x]), rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_drops_whole_images_in_the_mixer():
+    model = timm.create_model("butterfly_mixer_nano_32", drop_path_rate=0.5).train()
+    block = model.blocks[-1]
+    x = torch.randn(64, 40, 144)
+    changed = (block(x) != x).flatten(2).any(2)  # (tokens, images)
+    assert (changed == changed[0]).all()
+    assert 0 < changed[0].sum() < 40
+
+
+def test_random_token_order_is_kept_by_checkpoints_and_undone_in_features():
+    model = _create("vit_butterfly_nano_patch4_32", token_order="random", seed=3)
+    other = _create("vit_butterfly_nano_patch4_32", token_order="random", seed=4)
+    assert not torch.equal(model.order.order, other.order.order)
+    other.load_state_dict(model.state_dict())
+    x = _image(model)
+    torch.testing.assert_close(other(x), model(x))
+    raster = _create("vit_butterfly_nano_patch4_32")
+    raster.load_state_dict(model.state_dict(), strict=False)
+    raster.blocks = model.blocks = torch.nn.Sequential()
+    torch.testing.assert_close(model.forward_features(x), raster.forward_features(x))
+
+
+def test_vit_takes_another_input_size():
+    model = _create("vit_butterfly_nano_patch4_32")
+    model.set_input_size(img_size=(64, 48))
+    assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
+    assert {block.attn.radix for block in model.blocks} == {16}  # 192 tokens
+    weights = _create("vit_butterfly_nano_patch4_32").state_dict()
+    resized = timm.create_model(
+        "vit_butterfly_nano_patch4_32", pretrained=True, img_size=64, pretrained_cfg_overlay={"state_dict": weights}
+    )
+    assert resized.pos_embed.shape == (1, 256, 96)
+
+
+def test_vit_refuses_what_it_cannot_become():
+    with pytest.raises(ValueError, match="flattened head has a weight for every position"):
+        _create("vit_butterfly_paper_patch4_d4").set_input_size(img_size=64)
+    with pytest.raises(ValueError, match="patch_size=4 does not divide the image size 30x30"):
+        _create("vit_butterfly_nano_patch4_32", img_size=30)
+    with pytest.raises(ValueError, match="radix 7 does not divide n=64; nearest radices that do: 4 and 8"):
+        _create("vit_butterfly_nano_patch4_32", radix=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("vit_butterfly_nano_patch4_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
+        ("vit_butterfly_nano_patch4_32", {"token_order": "hilbert"}, "token_order='hilbert'"),
+        ("butterfly_mixer_nano_32", {"mixing": "conv"}, "is not one of 'butterfly', 'monarch', 'dense'"),
+        ("patch_only_mixer_tiny_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
+        ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 30x30"),
+        ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
+        ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
+        ("butterfly_resnet_nano_32", {"global_pool": "median"}, "global_pool='median' is not one of"),
+    ],
+)
+def test_bad_options_are_named(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        _create(name, **kwargs)
+
+
+def test_images_of_the_wrong_size_are_refused():
+    with pytest.raises(AssertionError, match="image height does not match"):
+        _create("vit_butterfly_nano_patch4_32")(torch.randn(1, 3, 36, 32))
+
+
+def test_patch_only_mixer_takes_grey_images_as_three_equal_channels():
+    colour = _create("patch_only_mixer_paper_d7", num_classes=10)
+    overlay = {"state_dict": colour.state_dict()}
+    grey = _create("patch_only_mixer_paper_d7", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay)
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)))
+
+
+def test_patch_only_mixer_reaches_every_pixel_and_one_step_does_not():
+    model = _create("patch_only_mixer_tiny_32", depth=3).double()
+
+    def reached(blocks):
+        x = torch.zeros(1, 4, 30, 30, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad():
+            start = torch.randn_like(x)
+        blocks(x + start)[0, 0, 15, 15].backward()
+        return (x.grad != 0).all(1).double().mean().item()
+
+    assert reached(model.blocks[0][0]) == pytest.approx(25 / 900)
+    assert reached(model.blocks) > reached(model.blocks[:1]) > 25 / 900
+    dense = _create("patch_only_mixer_tiny_32_dense").double()
+    assert reached(dense.blocks[0][0]) == 1.0
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "flatten", ""])
+def test_pooling(pool):
+    model = _create("vit_butterfly_nano_patch4_32", num_classes=0, global_pool=pool)
+    features = model.forward_features(_image(model))
+    expected = {"avg": features.mean(1), "max": features.amax(1), "flatten": features.flatten(1), "": features}[pool]
+    torch.testing.assert_close(model.forward_head(features), expected)
+    assert model.num_features == model.head_hidden_size == expected.shape[1 if pool else 2]
+
+
+def test_intermediates_in_both_layouts():
+    model = _create("butterfly_mixer_nano_32")
+    x = _image(model)
+    maps = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    tokens = model.forward_intermediates(x, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
+    assert maps.shape == (2, 144, 8, 8)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), tokens)
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32", "patch_only_mixer_tiny_32", "butterfly_resnet_nano_32"],
+)
+def test_models_export_with_a_dynamic_batch(name):
+    model = _create(name)
+    program = torch.export.export(model, (_image(model),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    x = _image(model, batch=5)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_data_config_comes_from_the_cfg():
+    config = timm.data.resolve_model_data_config(_create("butterfly_resnet20_convmix_w32"))
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == (0.4914, 0.4822, 0.4465)

@@ -1,0 +1,291 @@
+import pytest
+import torch
+from torch import nn
+
+from dimmix.butterfly import ButterflySchedule
+from dimmix.layers import (
+    BlockLinear,
+    ButterflyAttention,
+    ButterflyLinear,
+    ButterflyMlp,
+    ChannelTranspose,
+    ConvStem,
+    DenseMlp,
+    MonarchMlp,
+    PatchFold,
+    Permute,
+    TokenStem,
+    gather_groups,
+    random_order,
+    scatter_groups,
+)
+
+from . import reference
+
+# (n, radix): two levels, three levels with a copied middle one, uneven strides, shuffled levels, one level.
+SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _close(actual, expected):
+    assert (actual - expected).abs().max() < 1e-12
+
+
+def _linear_reference(layer: ButterflyLinear) -> torch.Tensor:
+    """The product of the level matrices, for a layer that keeps its width."""
+    matrix = torch.eye(layer.in_features)
+    for level, factor in zip(layer.schedule.levels, layer.factors, strict=True):
+        matrix = reference.level_matrix(level, factor.linear.weight) @ matrix
+    return matrix
+
+
+def test_block_linear_is_its_block_diagonal_matrix():
+    layer = BlockLinear(3, 4, 5)
+    x = torch.randn(12, 7)
+    _close(layer(x.view(3, 4, 7)).reshape(15, 7), layer.dense_equivalent() @ x + layer.bias.reshape(15, 1))
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_butterfly_linear_is_the_product_of_its_levels(n, radix):
+    layer = ButterflyLinear(n, n, radix, bias=False)
+    x = torch.randn(2, 3, n)
+    _close(layer.dense_equivalent(), _linear_reference(layer))
+    _close(layer(x), x @ _linear_reference(layer).T)
+
+
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "radix"), [(64, 128, 8), (128, 64, 8), (24, 72, 4), (72, 24, 4), (12, 36, 2), (36, 12, 2)]
+)
+def test_rectangular_butterfly_linear_equals_its_dense_matrix_and_reaches_everything(n_in, n_out, radix):
+    layer = ButterflyLinear(n_in, n_out, radix)
+    x = torch.randn(5, n_in)
+    matrix, bias = layer.dense_equivalent(), layer(torch.zeros(1, n_in))
+    _close(layer(x), x @ matrix.T + bias)
+    assert matrix.shape == (n_out, n_in)
+    assert (matrix != 0).all()
+    assert sum(f.linear.weight.numel() for f in layer.factors) < n_in * n_out
+
+
+def test_a_shrinking_butterfly_linear_is_the_transpose_of_the_expanding_one():
+    wide, narrow = ButterflyLinear(24, 72, 4, bias=False), ButterflyLinear(72, 24, 4, bias=False)
+    for a, b in zip(wide.factors, reversed(narrow.factors), strict=True):
+        b.linear.weight.data = a.linear.weight.data.transpose(1, 2).contiguous()
+    _close(narrow.dense_equivalent(), wide.dense_equivalent().T)
+
+
+def test_butterfly_linear_refuses_features_that_do_not_divide():
+    with pytest.raises(ValueError, match="in_features=10 and out_features=15: neither divides the other"):
+        ButterflyLinear(10, 15, 5)
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_butterfly_mlp_is_an_mlp_on_every_group(n, radix):
+    layer = ButterflyMlp(n, radix, ratio=2)
+    x = torch.randn(3, n)
+    expected = x.clone()
+    for level, mlp in zip(layer.schedule.levels, layer.levels, strict=True):
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        expected = torch.stack([reference.block_mlp(row, level, *weights) for row in expected])
+    _close(layer(x), expected)
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_monarch_mlp_is_an_mlp_with_its_dense_equivalents(n, radix):
+    layer = MonarchMlp(n, radix)
+    x = torch.randn(3, n)
+    hidden = x @ layer.fc1.dense_equivalent().T + layer.fc1(torch.zeros(1, n))
+    expected = torch.nn.functional.gelu(hidden) @ layer.fc2.dense_equivalent().T + layer.fc2(torch.zeros(1, 2 * n))
+    _close(layer(x), expected)
+
+
+def test_dense_mlp_mixes_either_axis_alike():
+    layer = DenseMlp(6)
+    x = torch.randn(4, 6)
+    _close(layer.mix(x.t()).t(), layer(x))
+
+
+@pytest.mark.parametrize(("n", "radix"), [(64, 8), (16, 4), (8, 2), (24, 4), (12, 2), (9, 9)])
+def test_butterfly_attention_is_attention_inside_each_group(n, radix):
+    for level in ButterflySchedule(n, radix).levels:
+        layer = ButterflyAttention(8, level, num_heads=2)
+        x = torch.randn(2, n, 8)
+        expected = torch.stack([reference.attention(row, level, layer.qkv, layer.proj, 2) for row in x])
+        _close(layer(x), expected)
+
+
+def test_butterfly_attention_without_bias_and_with_heads_that_do_not_divide():
+    level = ButterflySchedule(4, 2).levels[1]
+    layer = ButterflyAttention(8, level, num_heads=2, qkv_bias=False)
+    x = torch.randn(1, 4, 8)
+    _close(layer(x)[0], reference.attention(x[0], level, layer.qkv, layer.proj, 2))
+    with pytest.raises(ValueError, match="num_heads=3 does not divide dim=8"):
+        ButterflyAttention(8, level, num_heads=3)
+
+
+def test_attention_folds_every_level_without_copying_q_k_v(monkeypatch):
+    seen = []
+
+    def spy(q, k, v):
+        seen.append([t.untyped_storage().data_ptr() for t in (q, k, v)] + [q.ndim, q.stride(-1)])
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for level in ButterflySchedule(64, 4).levels:
+        ButterflyAttention(8, level, num_heads=2)(torch.randn(2, 64, 8))
+    for q, k, v, ndim, last_stride in seen:
+        assert q == k == v  # one product made all three, and they are still views of it
+        assert (ndim, last_stride) == (4, 1)
+
+
+@pytest.mark.parametrize(("n", "radix"), [(64, 8), (32, 4), (12, 2)])
+def test_gather_groups_brings_each_block_together_and_scatter_undoes_it(n, radix):
+    x = torch.arange(n).view(1, n, 1, 1).expand(2, n, 3, 3)
+    for level in ButterflySchedule(n, radix).levels:
+        gathered = gather_groups(level)(x)
+        assert gathered[0, :, 0, 0].view(level.blocks, radix).tolist() == level.members()
+        assert torch.equal(scatter_groups(level)(gathered), x)
+
+
+def test_channel_transpose_stays_channels_last_and_shuffles_as_torch_does():
+    x = torch.randn(2, 12, 4, 4)
+    y = ChannelTranspose(1, 3, 4)(x)
+    _close(y, nn.ChannelShuffle(3)(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_patch_fold_orders_values_as_unfold_does_and_undoes_itself():
+    fold = PatchFold(3, (6, 8), 2)
+    x = torch.randn(2, 3, 6, 8)
+    _close(fold.unfold(x), torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2))
+    assert torch.equal(fold.fold(fold.unfold(x)), x)
+    with pytest.raises(ValueError, match="patch_size=5 does not divide the image size 6x8"):
+        PatchFold(3, (6, 8), 5)
+
+
+def test_permute_undoes_itself_and_refuses_what_is_no_permutation():
+    permute = Permute([2, 0, 1], dim=1)
+    x = torch.tensor([[10, 11, 12]])
+    assert permute(x).tolist() == [[12, 10, 11]]
+    assert torch.equal(permute.undo(permute(x)), x)
+    with pytest.raises(ValueError, match="not a permutation"):
+        Permute([0, 0, 1], dim=1)
+
+
+def test_random_order_depends_on_the_seed_alone():
+    with torch.device("meta"):
+        drawn = random_order(50, seed=1)
+    torch.manual_seed(99)
+    assert drawn == random_order(50, seed=1) != random_order(50, seed=2)
+
+
+def test_stems_downsample_by_their_stride():
+    image = torch.randn(1, 3, 16, 16)
+    assert ConvStem(3, 32, 1)(image).shape == (1, 32, 16, 16)
+    assert ConvStem(3, 6, 8)(image).shape == (1, 6, 2, 2)
+    assert TokenStem(3, 10, (16, 16), 4)(image).shape == (1, 16, 10)
+    with pytest.raises(ValueError, match="stride=3"):
+        ConvStem(3, 32, 3)
+    with pytest.raises(ValueError, match="patch_size=5 does not divide the image size 16x16"):
+        TokenStem(3, 10, (16, 16), 5)
+
+
+def _mixers():
+    yield "linear", lambda **dd: ButterflyLinear(64, 64, 4, **dd)
+    yield "shuffled linear", lambda **dd: ButterflyLinear(12, 24, 2, **dd)
+    yield "monarch", lambda **dd: MonarchMlp(64, 8, **dd)
+    yield "mlp", lambda **dd: ButterflyMlp(64, 8, **dd)
+    yield "attention", lambda **dd: ButterflyAttention(16, ButterflySchedule(16, 4).levels[1], num_heads=2, **dd)
+
+
+MIXERS = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in _mixers()])
+
+
+def _input(layer, batch=3, **kwargs):
+    if isinstance(layer, ButterflyAttention):
+        return torch.randn(batch, 16, 16, **kwargs)
+    return torch.randn(batch, 2, layer.in_features if isinstance(layer, ButterflyLinear) else 64, **kwargs)
+
+
+@MIXERS
+def test_every_parameter_gets_a_gradient(make):
+    layer = make()
+    layer(_input(layer)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@MIXERS
+def test_gradients_are_right(make):
+    layer = make()
+    x = _input(layer, batch=1)[:, :, :].requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
+
+
+@MIXERS
+def test_bfloat16_follows_float32(make):
+    layer = make(dtype=torch.float32)
+    x = _input(layer, dtype=torch.float32)
+    expected = layer(x)
+    actual = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max() + 0.01
+
+
+@MIXERS
+def test_meta_device(make):
+    layer = make(device="meta")
+    assert layer(_input(layer, device="meta")).device.type == "meta"
+
+
+@MIXERS
+def test_compiles_in_one_graph(make):
+    layer = make(dtype=torch.float32)
+    x = _input(layer, dtype=torch.float32)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@MIXERS
+def test_exports_with_a_dynamic_batch(make):
+    layer = make()
+    program = torch.export.export(layer, (_input(layer),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    x = _input(layer, batch=5)
+    _close(program.module()(x), layer(x))
+
+
+def _jacobian(layer, n):
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x.view(1, n))[0], torch.randn(n))
+    return jacobian != 0
+
+
+@pytest.mark.parametrize(("n", "radix"), [(16, 4), (8, 2), (12, 2)])
+def test_mlp_levels_reach_everything_and_one_fewer_does_not(n, radix):
+    layer = ButterflyMlp(n, radix)
+    assert _jacobian(layer, n).all()
+    layer.levels = layer.levels[:-1]
+    assert not _jacobian(layer, n).all()
+
+
+@pytest.mark.parametrize(("n", "radix"), [(16, 4), (8, 2), (12, 2)])
+def test_linear_levels_reach_everything_and_one_fewer_does_not(n, radix):
+    layer = ButterflyLinear(n, n, radix)
+    assert _jacobian(layer, n).all()
+    layer.factors = layer.factors[:-1]
+    assert not _jacobian(layer, n).all()
+
+
+def test_attention_levels_reach_every_token_and_one_fewer_does_not():
+    levels = [ButterflyAttention(4, level, num_heads=1) for level in ButterflySchedule(9, 3).levels]
+
+    def reach(layers):
+        model = nn.Sequential(*layers)
+        jacobian = torch.autograd.functional.jacobian(lambda x: model(x.view(1, 9, 4))[0].sum(-1), torch.randn(9, 4))
+        return (jacobian.abs().sum(-1) != 0).all()
+
+    assert reach(levels)
+    assert not reach(levels[:-1])

@@ -1,0 +1,37 @@
+import timm
+import torch
+from torch import nn
+
+from dimmix.layers import BlockLinear
+from dimmix.profile import count_macs
+
+
+def test_macs_of_convolutions_and_products() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 36, 5, bias=False)
+    )
+    assert count_macs(model, (3, 8, 8)) == 8 * 8 * 8 * 27 + 36 * 8 * 18 + 8 * 36 * 5
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = BlockLinear(4, 8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.reshape(4, 8, -1))
+
+
+def test_macs_of_blocks() -> None:
+    assert count_macs(Blocks(), (1, 32, 6)) == 4 * 8 * 16 * 6
+
+
+def test_macs_of_attention_are_counted_and_the_mode_is_kept() -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4, class_token=False,
+        global_pool="avg", num_classes=10,
+    ).train()  # fmt: skip
+    projections = 2 * 64 * 12 * 64 * 64
+    attention = 2 * 2 * 64 * 64 * 64
+    assert count_macs(model, (3, 32, 32)) == projections + attention + 64 * 48 * 64 + 64 * 10
+    assert model.training

@@ -1,0 +1,61 @@
+"""The mixing structure read off a model, and its MACs against the dense twin."""
+
+import pytest
+import timm
+
+from dimmix.profile import count_macs
+from dimmix.structure import macs_against_dense, mixing_levels
+
+
+def levels(name):
+    found = mixing_levels(timm.create_model(name, num_classes=10))
+    return [(level.mixes, level.n, level.radix, level.stride, level.groups) for level in found]
+
+
+def test_conv_mix_has_two_levels_in_each_block():
+    assert levels("butterfly_resnet20_convmix_w32")[:2] == [("channels", 32, 4, 1, 8), ("channels", 32, 8, 4, 1)]
+
+
+def test_block_mix_steps_through_the_strides():
+    found = levels("butterfly_resnet20_blockmix_w32")
+    assert [level[3] for level in found[:6:2]] == [1, 4, 8]
+
+
+def test_butterfly_attention_alternates_between_its_levels():
+    assert levels("vit_butterfly_paper_patch4_d4") == [("tokens", 64, 8, 1, 8), ("tokens", 64, 8, 8, 1)] * 2
+
+
+def test_a_mixer_mixes_tokens_and_channels():
+    assert levels("butterfly_mixer_paper_d7")[:4] == [
+        ("features", 64, 8, 1, 8),
+        ("features", 64, 8, 8, 1),
+        ("features", 121, 11, 1, 11),
+        ("features", 121, 11, 11, 1),
+    ]
+
+
+def test_patches_are_groups_too():
+    assert levels("patch_only_mixer_paper_d7")[:2] == [("patches", 3675, 75, 1, 49), ("patches", 3675, 147, 1, 25)]
+
+
+def test_non_zero_is_the_share_of_the_dense_matrix():
+    level = mixing_levels(timm.create_model("butterfly_mixer_paper_d7", num_classes=10))[2]
+    assert level.non_zero == level.radix / level.n == 1 / 11
+
+
+def test_a_dense_model_has_no_levels():
+    assert levels("butterfly_resnet20_convmix_w32_dense") == []
+
+
+def test_macs_add_up_and_stand_beside_the_dense_twins():
+    model = timm.create_model("butterfly_mixer_paper_d7", num_classes=10)
+    whole, *parts = macs_against_dense(model, "butterfly_mixer_paper_d7", (3, 32, 32))
+    assert whole["macs"] == sum(part["macs"] for part in parts) == count_macs(model, (3, 32, 32))
+    assert whole["macs"] / 1e6 == pytest.approx(8.69, abs=0.01)
+    assert whole["dense"] / 1e6 == pytest.approx(40.6, abs=0.05)
+    assert whole["of_dense"] == whole["macs"] / whole["dense"]
+
+
+def test_a_model_without_a_twin_stands_alone():
+    model = timm.create_model("test_resnet", num_classes=10)
+    assert macs_against_dense(model, "test_resnet", (3, 32, 32))[0]["dense"] is None

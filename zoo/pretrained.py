@@ -1,0 +1,90 @@
+"""How timm's `pretrained=True` comes through the one door for weights, `dimmix.checkpoints.find`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from torch import nn
+
+from dimmix.checkpoints import CheckpointError, cards, find
+
+
+def default_cfgs(untagged: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """timm's `default_cfgs` for `{architecture: cfg}`: one `architecture.tag` for each bundled card.
+
+    An architecture's first card is what its name without a tag means; one without cards has no weights.
+    """
+    cfgs: dict[str, Any] = {}
+    for architecture, cfg in untagged.items():
+        own = [card for card in cards().values() if card.architecture == architecture]
+        cfgs |= {card.name: cfg | card.pretrained_cfg() for card in own} or {architecture: cfg}
+    return generate_default_cfgs(cfgs)
+
+
+def build(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[..., dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """timm's `build_model_with_cfg`, with verified weights from `dimmix.checkpoints` when `pretrained`.
+
+    Raises:
+        CheckpointError: there are no weights of this name, they cannot be had, are damaged or do not fit.
+    """
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = _with_local_weights(
+            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
+        )
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
+    except RuntimeError as error:
+        summary, *details = str(error).splitlines()
+        if not summary.startswith("Error(s) in loading state_dict"):
+            raise
+        path = kwargs["pretrained_cfg_overlay"].get("file", "the given state_dict")
+        raise CheckpointError(f"{path} does not fit {variant}: {details[0].strip()}") from error
+
+
+def create_model(name: str, **kwargs: Any) -> Any:
+    """`timm.create_model(name, pretrained=True, **kwargs)`, timm's own architectures through the same door as ours.
+
+    Raises:
+        CheckpointError: the weights cannot be had, are damaged, or are not safetensors.
+    """
+    overlay, cache_dir = kwargs.pop("pretrained_cfg_overlay", None), kwargs.get("cache_dir")
+    if ":" in name:
+        overlay = {**(overlay or {}), **_local_file(name, cache_dir=cache_dir)}
+    else:
+        architecture, _, tag = name.partition(".")
+        overlay = _with_local_weights(architecture, kwargs.get("pretrained_cfg") or tag, overlay, cache_dir)
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def _with_local_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any) -> dict[str, Any]:
+    """The overlay that makes timm load one verified local file, or the tensors the caller handed over."""
+    overlay = overlay or {}
+    resolved = resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
+    # What a repository's config.json says about files or tensors does not count: its weights are its own.
+    remote = resolved.source == "hf-hub"
+    if overlay.get("state_dict") or (resolved.state_dict and not remote):
+        return {**overlay, "source": None}
+    options = {"cache_dir": cache_dir}
+    if resolved.hf_hub_filename:
+        options["filename"] = resolved.hf_hub_filename
+    if overlay.get("file") or (resolved.file and not remote):
+        return {**overlay, **_local_file(f"local-dir:{resolved.file}", **options)}
+    if resolved.hf_hub_id and resolved.hf_hub_id != _own_hub_id(variant, resolved.tag):
+        return {**overlay, **_local_file(f"hf-hub:{resolved.hf_hub_id}", **options)}
+    return {**overlay, **_local_file(f"{variant}.{resolved.tag}" if resolved.tag else variant, cache_dir=cache_dir)}
+
+
+def _local_file(name: str, **options: Any) -> dict[str, Any]:
+    return {"file": str(find(name, **options)), "source": None, "state_dict": None, "custom_load": False}
+
+
+def _own_hub_id(variant: str, tag: str | None) -> str | None:
+    card = cards().get(f"{variant}.{tag}")
+    return card.hub_id if card else None
