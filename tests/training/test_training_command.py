@@ -1,0 +1,65 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dimmix.errors import DimmixError
+from dimmix.training.__main__ import main
+from dimmix.training.plot import plot_curves
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["dimmix.training", *map(str, arguments)])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    return int(raised.value.code or 0)
+
+
+def test_trains_prints_the_card_and_draws_the_curves(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    toy: Path,
+    tmp_path: Path,
+    recipe_file: Callable[..., Path],
+) -> None:
+    arguments = [recipe_file(), "--data", toy, "--runs", tmp_path / "runs", "--split", "val", "--set", "train.seed=5"]
+    assert call(monkeypatch, *arguments) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert (card["seed"], card["split"]) == (5, "val")
+    assert card["command"] == "dimmix train recipes/toy_resnet.toy.toml --split val --set train.seed=5"
+    assert call(monkeypatch, *arguments, "--plot") == 0
+    picture = Path(capsys.readouterr().out.strip())
+    assert picture == tmp_path / "runs" / "toy_resnet.toy-val" / "curves.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--plot"], "no epochs to draw"),
+    ],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    toy: Path,
+    recipe_file: Callable[..., Path],
+    options: list[str],
+    said: str,
+) -> None:
+    code = call(monkeypatch, recipe_file(), "--data", toy, "--runs", tmp_path / "runs", *options)
+    error = capsys.readouterr().err
+    assert code in (1, 2)
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_log_without_epochs_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(DimmixError, match="no epochs to draw"):
+        plot_curves(tmp_path / "log.jsonl")

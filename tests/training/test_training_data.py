@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_data import encode, toy_pixels, write_shard
+
+from dimmix.errors import DimmixError
+from dimmix.training import data as data_module
+from dimmix.training.data import load_images
+from dimmix.training.recipe import Data
+
+TOY = Data("toy", image_size=16)
+
+
+def test_shards_are_decoded_in_order(toy: Path) -> None:
+    images = load_images(toy, TOY, "train")
+    first, second = toy_pixels(25, 0), toy_pixels(15, 1)
+    assert np.array_equal(images.pixels, np.concatenate([first[0], second[0]]))
+    assert images.labels.tolist() == first[1] + second[1]
+    assert images.names == ("dark", "light", "red")
+
+
+def test_the_folder_of_the_shards_will_do(toy: Path) -> None:
+    assert len(load_images(toy / "toy", TOY, "train")) == 40
+
+
+def test_without_a_split_the_held_out_one_is_read(toy: Path) -> None:
+    assert len(load_images(toy, TOY, None)) == 12
+    next((toy / "toy").glob("test-*")).unlink()
+    with pytest.raises(DimmixError, match="no split is held out"):
+        load_images(toy, TOY, None)
+
+
+def test_other_sizes_are_resized(toy: Path) -> None:
+    pixels = load_images(toy, Data("toy", image_size=8), "train").pixels
+    means = toy_pixels(25, 0)[0].reshape(25, -1).mean(1)
+    assert pixels.shape == (40, 8, 8, 3)
+    assert np.abs(pixels[:25].reshape(25, -1).mean(1) - means).max() < 3
+
+
+def test_broken_and_missing_images_are_named_by_row(toy: Path) -> None:
+    pixels, labels = toy_pixels(14, 3)
+    images: list[bytes | None] = [encode(image) for image in pixels]
+    images[2], images[5], images[9] = None, b"no image", encode(pixels[9])[:60]
+    write_shard(toy / "toy" / "train-00000-of-2.parquet", images, labels)
+    with pytest.raises(DimmixError, match="split train: 3 images are missing or broken: rows 2, 5, 9"):
+        load_images(toy, TOY, "train")
+
+
+def test_labels_outside_the_classes_are_named_by_row(toy: Path) -> None:
+    pixels, labels = toy_pixels(5, 3)
+    write_shard(toy / "toy" / "train-00000-of-2.parquet", [encode(i) for i in pixels], [*labels[:3], 3, -1])
+    with pytest.raises(DimmixError, match=r"2 labels are not in 0\.\.2: rows 3, 4"):
+        load_images(toy, TOY, "train")
+
+
+def test_no_such_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DimmixError, match="nowhere"):
+        load_images(tmp_path / "nowhere", TOY, "train")
+
+
+def test_the_second_start_reads_the_cache(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    first = load_images(toy, TOY, "train", cache)
+    with monkeypatch.context() as patch:
+        patch.delattr(data_module, "_decode")
+        assert np.array_equal(load_images(toy, TOY, "train", cache).pixels, first.pixels)
+    stored = next(cache.glob("*.pixels.npy"))
+    stored.write_bytes(stored.read_bytes()[:500])
+    assert np.array_equal(load_images(toy, TOY, "train", cache).pixels, first.pixels)
+
+
+def test_the_cache_is_left_when_the_data_change(toy: Path, tmp_path: Path) -> None:
+    load_images(toy, TOY, "test", tmp_path / "cache")
+    pixels, labels = toy_pixels(12, 9)
+    write_shard(toy / "toy" / "test-00000-of-2.parquet", [encode(image) for image in pixels], labels)
+    assert np.array_equal(load_images(toy, TOY, "test", tmp_path / "cache").pixels, pixels)

@@ -1,0 +1,72 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+
+from dimmix.errors import DimmixError
+from dimmix.training.recipe import parse_recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def test_reads_values_and_defaults(recipe_file: Callable[..., Path]) -> None:
+    recipe = read_recipe(recipe_file())
+    assert (recipe.model.args["width"], recipe.optimizer.lr, recipe.schedule.epochs) == (8, 0.05, 2)
+    assert (recipe.augment.flip, recipe.teacher, recipe.optimizer.block_lr_mult) == (True, None, 1.0)
+    assert (recipe.stem, recipe.tag) == ("toy_resnet.toy", "toy")
+
+
+def test_survives_json(recipe_file: Callable[..., Path]) -> None:
+    recipe = read_recipe(recipe_file(), ("teacher.name=test_vit", "teacher.weights=t.safetensors"))
+    assert recipe.teacher
+    assert parse_recipe(recipe.to_json(), recipe.path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("lr = 0.05", "learning_rate = 0.05", ["unknown key optimizer.learning_rate", "lr, weight_decay"]),
+        ("batch_size = 8", "batchsize = 8", ["train.batchsize", "did you mean train.batch_size?"]),
+        ('name = "sgd"', 'name = "sdg"', ["optimizer.name = 'sdg'", '"sgd", "adamw", "muon"']),
+        ("lr = 0.05", "", ["optimizer.lr is missing"]),
+        ("lr = 0.05", 'lr = "big"', ["optimizer.lr = 'big'", "a number >= 0"]),
+        ("lr = 0.05", "lr = -1.0", ["optimizer.lr = -1.0", "a number >= 0"]),
+        ("crop = 2", "crop = true", ["augment.crop = True", "a whole number >= 0"]),
+        ("crop = 2", "flip = 1", ["augment.flip = 1", "true or false"]),
+        ("held_back = 8", "mean = [0.5]", ["data.mean", "3 numbers"]),
+        ("epochs = 2", "epochs = 0", ["schedule.epochs", "at least 1"]),
+        ("[model]", "[model", ["not a TOML file"]),
+    ],
+)
+def test_a_mistake_names_file_key_and_what_is_allowed(
+    recipe_file: Callable[..., Path], old: str, new: str, said: list[str]
+) -> None:
+    with pytest.raises(DimmixError) as raised:
+        read_recipe(recipe_file((old, new)))
+    assert raised.value.exit_code == 2
+    for words in ["toy_resnet.toy.toml", *said]:
+        assert words in str(raised.value)
+
+
+def test_overrides_are_toml_values_or_text(recipe_file: Callable[..., Path]) -> None:
+    changes = ("optimizer.lr=0.2", "augment.flip=false", "optimizer.name=adamw", "model.args.drop_rate=0")
+    recipe = read_recipe(recipe_file(), changes)
+    assert (recipe.optimizer.lr, recipe.augment.flip, recipe.optimizer.name) == (0.2, False, "adamw")
+    assert recipe.model.args["drop_rate"] == 0
+
+
+@pytest.mark.parametrize("change", ["lr", "lr=1", "optimizer.rate=1", "model.name.x=1"])
+def test_a_wrong_override_is_refused(recipe_file: Callable[..., Path], change: str) -> None:
+    with pytest.raises(DimmixError) as raised:
+        read_recipe(recipe_file(), (change,))
+    assert change.partition("=")[0] in str(raised.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_is_sound(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert timm.is_model(recipe.model.name)
+    header = path.read_text().partition("[model]")[0]
+    assert f"dimmix train recipes/{path.name}" in header
+    assert "Result" in header

@@ -1,0 +1,107 @@
+"""Image sets in memory: decoded once to uint8, and kept on disk for the next start."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dimmix.datasets import LabelledImages, open_dataset
+from dimmix.errors import DimmixError
+from dimmix.files import replacing
+from dimmix.images import ImageError, open_image
+from dimmix.preprocess import Preprocess, TooThinError
+
+from .recipe import Data
+
+ROWS_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Images:
+    """`pixels` (N, H, W, 3) uint8, `labels` (N,) int64, `names` the class names in label order."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> "Images":
+        return Images(self.pixels[rows], self.labels[rows], self.names)
+
+
+def load_images(root: Path, data: Data, split: str | None, cache: Path | None = None) -> Images:
+    """All images of `split` of the data set in `root/data.name`, or in `root` itself, `data.image_size` pixels square.
+
+    Without `split`, the held-out one. With `cache`, a folder, the decoded arrays are kept there for the next time.
+    Raises DimmixError when there is no such data set, and for images that are missing or broken, or labels outside
+    the classes, naming their rows.
+    """
+    folder = root / data.name if (root / data.name).is_dir() else root
+    dataset = open_dataset(str(folder), split=split, label_column=data.label or None)
+    if split is None and dataset.split == "train":
+        raise DimmixError(f"{folder}: no split is held out; there must be a test split to evaluate on")
+    stored = cache / f"{data.name}-{dataset.split}-{_key(folder, data, dataset)}" if cache else None
+    arrays = _read_cache(stored) if stored else None
+    if arrays is None:
+        arrays = _decode(dataset, data)
+        if stored:
+            _write_cache(stored, arrays)
+    names = dataset.labels or tuple(map(str, range(int(arrays[1].max()) + 1)))
+    return Images(*arrays, names)
+
+
+def _decode(dataset: LabelledImages, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    where = f"{dataset.name}, split {dataset.split}"
+    preprocess = Preprocess((3, data.image_size, data.image_size), data.mean, data.std, crop_pct=1.0)
+    pixels, labels, broken, reasons = [], [], [], []
+    for row, sample in enumerate(dataset):
+        labels.append(sample.label)
+        try:
+            pixels.append(preprocess.crop(open_image(sample.image)))
+        except (ImageError, TooThinError) as error:
+            broken.append(row)
+            reasons.append(getattr(error, "reason", str(error)))
+    if broken:
+        raise DimmixError(f"{where}: {len(broken)} images are missing or broken: {_rows(broken)} ({reasons[0]})")
+    if not labels:
+        raise DimmixError(f"{where}: no images")
+    classes = len(dataset.labels) if dataset.labels else 1 + max(label or 0 for label in labels)
+    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < classes]
+    if wrong:
+        raise DimmixError(f"{where}: {len(wrong)} labels are not in 0..{classes - 1}: {_rows(wrong)}")
+    return np.stack(pixels), np.array(labels, np.int64)
+
+
+def _rows(rows: list[int]) -> str:
+    listed = ", ".join(map(str, rows[:ROWS_NAMED]))
+    return f"rows {listed}" + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
+
+
+def _key(folder: Path, data: Data, dataset: LabelledImages) -> str:
+    """Changes when a file of the data set, or what is read out of it, does."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()]
+    facts = [sorted(files), str(folder.resolve()), dataset.split, data.label, data.image_size]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _read_cache(stored: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
+    """What `_write_cache` left, or None when that is not there or not whole."""
+    try:
+        pixels, labels = (np.load(f"{stored}.{part}.npy", allow_pickle=False) for part in ("pixels", "labels"))
+    except (OSError, ValueError, EOFError):
+        return None
+    return (pixels, labels) if len(pixels) == len(labels) else None
+
+
+def _write_cache(stored: Path, arrays: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> None:
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, NDArray[Any]] = {"pixels": arrays[0], "labels": arrays[1]}
+    for part, array in parts.items():
+        with replacing(Path(f"{stored}.{part}.npy")) as file:
+            np.save(file, array, allow_pickle=False)

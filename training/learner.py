@@ -1,0 +1,127 @@
+"""What one step changes: the model, its EMA and the optimisers, with the loss and the teacher that drive them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from dimmix.checkpoints import find
+from dimmix.errors import DimmixError
+
+from . import teacher as _registers_the_teacher  # noqa: F401
+from .augment import Batches
+from .optim import build_optimizers, build_schedulers
+from .processes import Processes
+from .recipe import Model, Recipe, Teacher
+from .state import load_optimizer_tensors, optimizer_tensors
+
+EMA_WARMUP_POWER = 0.75  # decay at step t is at most 1 - t ** -0.75, so that the start is forgotten quickly
+
+
+class Learner:
+    """A model in training; the same recipe and seed give the same learner."""
+
+    def __init__(self, recipe: Recipe, classes: int, steps_per_epoch: int, processes: Processes) -> None:
+        self.recipe, self.device = recipe, processes.device
+        torch.manual_seed(recipe.train.seed)
+        self.model = self._place(build_model(recipe.model, classes, recipe.path))
+        self.ema = ModelEmaV3(self.model, decay=recipe.train.ema_decay, use_warmup=True, warmup_power=EMA_WARMUP_POWER)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.schedulers = build_schedulers(self.optimizers, recipe.schedule, steps_per_epoch)
+        self.teacher = self._place(load_teacher(recipe.teacher, classes)) if recipe.teacher else None
+        wrapped = processes.wrap(self.model)
+        self.forward = torch.compile(wrapped) if recipe.train.compile else wrapped
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def best(self) -> nn.Module:
+        """The model that is evaluated and kept: the EMA."""
+        return self.ema.module
+
+    @property
+    def lr(self) -> float:
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def update(self, x: Tensor, target: Tensor, step: int) -> Tensor:
+        """One step on images x (B, 3, H, W) and labels (B,) or probabilities (B, classes); the loss, a scalar."""
+        for scheduler in self.schedulers:
+            scheduler.step_update(step)
+        with self.autocast():
+            logits = self.forward(x)
+        loss = self._loss(logits.float(), x, target)
+        loss.backward()
+        if self.recipe.optimizer.clip_grad:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update(self.model, step=step + 1)
+        return loss.detach()
+
+    def _loss(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, target, label_smoothing=self.recipe.loss.label_smoothing)
+        distillation = self.recipe.teacher
+        if self.teacher is None or distillation is None:
+            return loss
+        with torch.inference_mode(), self.autocast():
+            taught = self.teacher(x)
+        t = distillation.temperature
+        divergence = F.kl_div(
+            F.log_softmax(logits / t, 1), F.log_softmax(taught.float() / t, 1), reduction="batchmean", log_target=True
+        )
+        return (1 - distillation.alpha) * loss + distillation.alpha * t * t * divergence
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+            yield
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that steps change, for `state.write_state`."""
+        model = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        ema = {f"ema.{key}": value for key, value in self.best.state_dict().items()}
+        return model | ema | optimizer_tensors(self.optimizers)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, module in (("model.", self.model), ("ema.", self.best)):
+            module.load_state_dict({k.removeprefix(name): t for k, t in tensors.items() if k.startswith(name)})
+        load_optimizer_tensors(self.optimizers, tensors)
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.recipe.train.channels_last else model
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Batches, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) in float32 and labels (N,) of a whole set, on the CPU, under the caller's autocast."""
+    model.eval()
+    logits, labels = [], []
+    for rows in torch.arange(len(batches), device=batches.labels.device).split(batch_size):
+        x, target = batches.plain(rows)
+        logits.append(model(x).float().cpu())
+        labels.append(target.cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+def build_model(model: Model, classes: int, path: object) -> nn.Module:
+    try:
+        return timm.create_model(model.name, num_classes=classes, **model.args)
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise DimmixError(f"{path}: cannot make model {model.name!r} with args {model.args}: {error}") from None
+
+
+def load_teacher(teacher: Teacher, classes: int) -> nn.Module:
+    """The frozen teacher in evaluation mode, with its weights."""
+    model = build_model(Model(teacher.name, teacher.args), classes, "[teacher]")
+    path = find(teacher.weights)
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise DimmixError(f"{path}: not weights of the teacher {teacher.name}: {str(error).splitlines()[1]}") from None
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,250 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dimmix.checkpoints import Card
+from dimmix.errors import DimmixError
+
+from .augment import Batches
+from .data import Images, load_images
+from .learner import Learner, predict
+from .processes import Processes, join_processes
+from .recipe import Recipe, parse_recipe
+from .report import Reporter, measure, trim_log, write_checkpoint
+from .state import read_state, write_state
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a recipe, as against what it trains.
+
+    `folder` keeps state, log and results, `data` holds the data sets, `cache` their decoded pixels.
+    """
+
+    folder: Path
+    data: Path
+    split: Literal["val", "full"] = "full"
+    command: str = ""
+    max_minutes: float = math.inf
+    threads: int = 0
+    device: str = "auto"
+    restart: bool = False
+    cache: Path | None = None
+
+
+@dataclass
+class Position:
+    """Where a run stands: `step` updates done in `seconds`, `loss` summed over the epoch so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+
+
+def train(recipe: Recipe, options: Options) -> Card | None:
+    """Train `recipe` from where its folder says, else from the start, to the end or to `max_minutes`.
+
+    Split "val" trains on all but the last `data.held_back` training rows and evaluates on those after each epoch.
+    Split "full" trains on every row and evaluates once, at the end, on the test split. Both evaluate the EMA weights,
+    and at the end write them as `<architecture>.<tag>.safetensors` with their card.
+
+    Returns the card, or None when the run was stopped before its end and in processes other than the first.
+    Raises DimmixError for unusable input, for a folder that holds another run, and for a loss that is not finite.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with join_processes(options.device) as processes:
+        run = Run(recipe, options, processes)
+        with run.reporter:
+            finished = run.train()
+            if processes.rank:
+                return None
+            if not finished:
+                run.reporter.say(f"stopped at step {run.position.step}; the same command goes on from there")
+                return None
+            return run.finish()
+
+
+class Run:
+    """A recipe on its data, with a learner at its position."""
+
+    def __init__(self, recipe: Recipe, options: Options, processes: Processes) -> None:
+        self.recipe, self.options, self.processes = recipe, options, processes
+        training, held_out = _load(recipe, options)
+        batch_size, data = recipe.train.batch_size, recipe.data
+        if batch_size > len(training) or batch_size % processes.count:
+            raise DimmixError(
+                f"{recipe.path}: train.batch_size = {batch_size} must be a multiple of the {processes.count} processes "
+                f"and at most the {len(training)} training images"
+            )
+        self.steps_per_epoch = len(training) // batch_size
+        self.steps = recipe.schedule.epochs * self.steps_per_epoch
+        self.batches = Batches(training, recipe.augment, data.mean, data.std, processes.device)
+        self.held_out = Batches(held_out, recipe.augment, data.mean, data.std, processes.device)
+        self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
+        self.position = self._resume()
+        self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet=processes.rank > 0)
+
+    def train(self) -> bool:
+        """Steps to the end of the recipe (True), or until the user or the clock stops it (False)."""
+        position, learner, size = self.position, self.learner, self.recipe.train.batch_size
+        strong_epochs = self.recipe.schedule.epochs - self.recipe.augment.plain_epochs
+        order = self._order(position.step // self.steps_per_epoch)
+        started = time.monotonic()
+        learner.model.train()
+        with _stop_signals() as signals:
+            while position.step < self.steps:
+                begun = time.monotonic()
+                epoch, at = divmod(position.step, self.steps_per_epoch)
+                if at == 0:
+                    order = self._order(epoch)
+                rows = order[at * size : (at + 1) * size][self.processes.rank :: self.processes.count]
+                self._seed(position.step)
+                x, target = self.batches.augmented(rows.to(learner.device), strong=epoch < strong_epochs)
+                loss = learner.update(x, target, position.step).item()
+                late = time.monotonic() - started > 60 * self.options.max_minutes
+                loss, stop = self.processes.agree(loss, late or bool(signals))
+                if not math.isfinite(loss):
+                    raise DimmixError(
+                        f"{self.recipe.path}: the loss is {loss} at epoch {epoch + 1}, step {at + 1} of it; "
+                        f"{self.options.folder / STATE} keeps the last good state; lower optimizer.lr, or clip_grad"
+                    )
+                position.step += 1
+                position.loss += loss
+                position.seconds += time.monotonic() - begun
+                self.reporter.step(position.step, position.loss / (at + 1), self.images_per_second)
+                if at + 1 == self.steps_per_epoch:
+                    self._end_epoch(epoch + 1)
+                elif stop:
+                    self._save()
+                if stop:
+                    return position.step == self.steps
+        return True
+
+    def finish(self) -> Card:
+        """Evaluate on the held-out images and write the checkpoint; a run that has done so is not evaluated again."""
+        path = self.options.folder / f"{self.recipe.model.name}.{self.recipe.tag}.json"
+        if path.exists():
+            self.reporter.say(f"finished before; --restart trains anew. {path}")
+            return Card.read(path)
+        facts = {
+            "split": "test" if self.options.split == "full" else "val",
+            "images": len(self.held_out),
+            "command": self.options.command,
+            "train_minutes": round(self.position.seconds / 60, 2),
+            "images_per_second": round(self.images_per_second, 1),
+        }
+        return write_checkpoint(path, self.learner.best, self.recipe, self.held_out.names, self._evaluate() | facts)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.position.step * self.recipe.train.batch_size / max(self.position.seconds, 1e-9)
+
+    def _end_epoch(self, epochs: int) -> None:
+        if not self.processes.rank:
+            record: dict[str, Any] = {
+                "epoch": epochs,
+                "loss": self.position.loss / self.steps_per_epoch,
+                "lr": self.learner.lr,
+                "images_per_second": self.images_per_second,
+                "minutes": self.position.seconds / 60,
+            }
+            if self.options.split == "val":
+                with self.learner.autocast():
+                    measured = self._evaluate()
+                record |= {key: measured[key] for key in ("top1", "nll")}
+                self.learner.model.train()
+            self.reporter.record(record)
+        self.position.loss = 0.0
+        self._save()
+
+    def _evaluate(self) -> dict[str, Any]:
+        return measure(*predict(self.learner.best, self.held_out), self.held_out.names)
+
+    def _order(self, epoch: int) -> Tensor:
+        """The rows of an epoch in the order that they are visited."""
+        generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.batches), generator=generator)
+
+    def _seed(self, step: int) -> None:
+        """Make every draw a function of (seed, step, rank), so that a resumed run repeats none and skips none."""
+        torch.manual_seed((self.recipe.train.seed * 4096 + self.processes.rank << 32) + step)
+
+    def _save(self) -> None:
+        if not self.processes.rank:
+            facts = {"recipe": self.recipe.to_json(), "split": self.options.split, "position": vars(self.position)}
+            write_state(self.options.folder / STATE, self.learner.tensors(), facts)
+
+    def _resume(self) -> Position:
+        """The position that the folder's state holds, loaded into the learner; the start when there is none."""
+        folder, path = self.options.folder, self.options.folder / STATE
+        if self.options.restart and not self.processes.rank:
+            for old in (path, folder / f"{self.recipe.model.name}.{self.recipe.tag}.json"):
+                old.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.options.restart or not path.exists():
+            trim_log(folder / LOG, 0)
+            return Position()
+        tensors, facts = read_state(path)
+        saved = parse_recipe(facts["recipe"], self.recipe.path).to_json() | {"split": facts["split"]}
+        if changed := _differences(saved, self.recipe.to_json() | {"split": self.options.split}):
+            raise DimmixError(
+                f"{path} is of another recipe: {'; '.join(changed)}; put that back, choose another --name, or --restart"
+            )
+        self.learner.load_tensors(tensors)
+        position = Position(**facts["position"])
+        trim_log(folder / LOG, position.step // self.steps_per_epoch)
+        return position
+
+
+def _load(recipe: Recipe, options: Options) -> tuple[Images, Images]:
+    """Training images and those to evaluate on."""
+    training = load_images(options.data, recipe.data, "train", options.cache)
+    if options.split == "full":
+        return training, load_images(options.data, recipe.data, None, options.cache)
+    held_back = recipe.data.held_back
+    if not 0 < held_back < len(training):
+        raise DimmixError(f"{recipe.path}: data.held_back must leave some of the {len(training)} training rows")
+    return training[:-held_back], training[-held_back:]
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in wanted:
+        old, new = saved.get(key), wanted[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
+    return found
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or Ctrl-C fills, so that the loop stops after a whole step; a second Ctrl-C interrupts."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
