@@ -1,0 +1,132 @@
+"""`dimmix eval`: accuracy and calibration on a data set."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dimmix.errors import DimmixError
+
+from .options import (
+    AmpOption,
+    BatchSizeOption,
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    Format,
+    FormatOption,
+    ImageColumnOption,
+    LabelColumnOption,
+    ModelOption,
+    OutputOption,
+    QuietOption,
+    SplitOption,
+    WorkersOption,
+)
+from .progress import ProgressBar
+from .sink import Sink, note
+
+if TYPE_CHECKING:
+    from dimmix.classifier import Classifier
+    from dimmix.evaluation import Answer, Evaluation
+
+CHECK_TOLERANCE = 0.1
+"""Points of top-1 that the measurement may differ from the card."""
+
+
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder of class folders, a .parquet file or folder of them, hf://org/dataset, a CIFAR archive.",
+        ),
+    ],
+    model: ModelOption = None,
+    checkpoint: CheckpointOption = None,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Write each image's answer to this .csv or .parquet file.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write report.html, with curves and mistakes, into this folder.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help=f"Fail if top-1 is more than {CHECK_TOLERANCE} points off the model's card.")
+    ] = False,
+    batch_size: BatchSizeOption = 64,
+    workers: WorkersOption = None,
+    amp: AmpOption = False,
+    device: DeviceOption = Device.auto,
+    format: FormatOption = Format.auto,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model on labelled images: top-1, top-5, NLL, ECE, each class, and speed.
+
+    Classes are matched by name where both the data and the model have names, else by number.
+
+    \b
+    Examples:
+      dimmix eval photos/
+      dimmix eval test.parquet --format json
+      dimmix eval photos/ --predictions answers.csv --report report/
+    """
+    from dimmix.classifier import Classifier
+    from dimmix.datasets import open_dataset
+    from dimmix.evaluation import evaluate as run
+
+    dataset = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
+    classifier = Classifier(model, device, checkpoint, amp=amp)
+    if check and not classifier.runtime.spec.card:
+        raise DimmixError(f"--check: {classifier.name} has no card to check against", exit_code=2)
+    progress = ProgressBar("images", quiet=quiet)
+    progress.total = dataset.length
+    with ExitStack() as stack:
+        write = _answer_writer(stack, predictions, classifier)
+        result = run(classifier, dataset, batch_size=batch_size, workers=workers, on_answer=write, track=progress.track)
+    for error in result.errors:
+        note(str(error))
+    with Sink(format, output, single=True, title=f"{result.model} on {result.data}") as sink:
+        classes = {f"accuracy of {name}": accuracy for name, accuracy in result.per_class_accuracy.items()}
+        sink.write(result.record() | (classes if sink.format is Format.table else {}))
+    if report is not None:
+        from dimmix.report import write_report
+
+        note(f"wrote {write_report(result, report)}", quiet)
+    if check:
+        _check(result, classifier)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def _answer_writer(stack: ExitStack, path: Path | None, classifier: "Classifier") -> "Callable[[Answer], None]":
+    if path is None:
+        return lambda answer: None
+    from dimmix.tables import table_writer
+
+    columns = {"source": "string", "label": "string", "prediction": "string", "score": "float32", "correct": "bool"}
+    write = stack.enter_context(table_writer(path, columns))
+    names = classifier.labels
+    return lambda answer: write(
+        {
+            "source": answer.sample.source,
+            "label": names[answer.label],
+            "prediction": names[answer.prediction],
+            "score": answer.score,
+            "correct": answer.label == answer.prediction,
+        }
+    )
+
+
+def _check(result: "Evaluation", classifier: "Classifier") -> None:
+    card = classifier.runtime.spec.card
+    if abs(result.top1 - card["top1"]) > CHECK_TOLERANCE:
+        raise DimmixError(
+            f"--check: top-1 is {result.top1:.2f} on {result.images} images, "
+            f"the card says {card['top1']:.2f} on {card['images']}"
+        )

@@ -1,0 +1,99 @@
+"""`dimmix list`: the checkpoints of this release, or every architecture."""
+
+from typing import Annotated
+
+import typer
+
+from dimmix.errors import DimmixError
+
+from .options import Format, FormatOption, OutputOption, QuietOption
+from .sink import Record, Sink, note
+
+
+def list_models(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Only names like this: '*resnet*'.")] = "*",
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Only checkpoints trained on this.")] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="butterfly_resnet, vit_butterfly, butterfly_mixer, patch_only_mixer.")
+    ] = None,
+    max_params: Annotated[
+        float | None, typer.Option("--max-params", min=0, help="At most so many million parameters.")
+    ] = None,
+    sort: Annotated[str, typer.Option("--sort", help="A column; prefix - for the largest first.")] = "name",
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Every architecture, with weights or without.")
+    ] = False,
+    format: FormatOption = Format.auto,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """List the models with what they reached and cost.
+
+    \b
+    Examples:
+      dimmix list
+      dimmix list --dataset cifar10 --sort=-top1
+      dimmix list "vit*" --architectures
+    """
+    records = _architectures(pattern) if architectures else _checkpoints(pattern)
+    column = sort.removeprefix("-")
+    chosen = [
+        record
+        for record in records
+        if (family is None or record["family"] == family)
+        and (dataset is None or record.get("dataset") == dataset)
+        and (max_params is None or record["params"] <= max_params * 1e6)
+    ]
+    if chosen and column not in chosen[0]:
+        raise DimmixError(f"--sort {sort}: the columns are {', '.join(chosen[0])}", exit_code=2)
+    chosen.sort(key=lambda record: record[column], reverse=sort.startswith("-"))
+    with Sink(format, output) as sink:
+        for record in chosen:
+            sink.write(record)
+    if not chosen:
+        note("no model is like this; --architectures lists those without weights too", quiet)
+
+
+def _family(architecture: str) -> str:
+    from dimmix import FAMILIES
+
+    return next((family for family in FAMILIES if architecture.startswith(family)), "")
+
+
+def _checkpoints(pattern: str) -> list[Record]:
+    import fnmatch
+
+    from dimmix.checkpoints import cards
+
+    return [
+        {
+            "name": card.name,
+            "family": _family(card.architecture),
+            "dataset": card.dataset,
+            "top1": card.top1,
+            "top5": card.top5,
+            "params": card.params,
+            "macs": card.macs,
+            "bytes": card.size,
+            "input": list(card.input_size),
+        }
+        for card in cards().values()
+        if fnmatch.fnmatch(card.name, pattern)
+    ]
+
+
+def _architectures(pattern: str) -> list[Record]:
+    import timm
+    import torch
+
+    import dimmix
+
+    with_weights = {name.partition(".")[0] for name in dimmix.list_models(pretrained=True)}
+    records = []
+    for name in dimmix.list_models(pattern):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        params = sum(parameter.numel() for parameter in model.parameters())
+        weights = "yes" if name in with_weights else "no"
+        records.append({"name": name, "family": _family(name), "params": params, "weights": weights})
+    return records

@@ -1,0 +1,96 @@
+"""`dimmix`: the commands, and what becomes of an error. Neither torch nor timm is imported to print help."""
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from dimmix import __version__
+from dimmix.errors import DimmixError
+
+from .sink import note
+
+COMMANDS = {
+    "predict": "predict",
+    "eval": "evaluate",
+    "export": "export",
+    "list": "list_models",
+    "info": "info",
+    "benchmark": "benchmark",
+    "explain": "explain",
+    "train": "train",
+    "widths": "widths",
+    "study": "study",
+    "download": "download",
+    "publish": "publish",
+    "doctor": "doctor",
+}
+"""Each command's module in this package, and the function in it."""
+
+app = typer.Typer(
+    name="dimmix",
+    help="Structured-sparse vision models: predict, evaluate, export and compare them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"dimmix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise typer.Exit(130) from None
+        except DimmixError as error:
+            if os.environ.get("DIMMIX_DEBUG") == "1":
+                raise
+            note(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, a folder that may not be written to
+            if os.environ.get("DIMMIX_DEBUG") == "1":
+                raise
+            note(f"{error.filename or 'output'}: {error.strerror}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+for module_name, function_name in COMMANDS.items():
+    module = importlib.import_module(f"{__package__}.{module_name}")
+    app.command(module_name)(_with_one_line_errors(getattr(module, function_name)))
+
+
+def main() -> None:
+    """The console script: usage errors exit with 2, failed inputs with 1, Ctrl-C with 130."""
+    if os.environ.get("DIMMIX_DEBUG") != "1":
+        warnings.simplefilter("ignore")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,164 @@
+"""`dimmix predict`: the likeliest classes of each image, or its embedding."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dimmix.errors import DimmixError
+
+from .options import (
+    AmpOption,
+    BatchSizeOption,
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    Format,
+    FormatOption,
+    ModelOption,
+    OutputOption,
+    QuietOption,
+    WorkersOption,
+)
+from .progress import ProgressBar
+from .sink import Record, Sink, note
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dimmix.classifier import Result
+    from dimmix.images import ImageError
+
+
+def predict(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Image files, folders (with those below), globs, @list.txt, or - for one image on stdin.",
+        ),
+    ],
+    model: ModelOption = None,
+    checkpoint: CheckpointOption = None,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for each image.")] = 5,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="Leave out classes with less than this probability.")
+    ] = 0.0,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Class names to use instead of the model's, one a line.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option("--embeddings", help="Write pooled features to this .npy or .parquet file instead.")
+    ] = None,
+    batch_size: BatchSizeOption = 64,
+    workers: WorkersOption = None,
+    amp: AmpOption = False,
+    device: DeviceOption = Device.auto,
+    format: FormatOption = Format.auto,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Name what is on images.
+
+    A broken image is a row with its error and a line on stderr; the others are answered, and the exit code is 1.
+
+    \b
+    Examples:
+      dimmix predict photo.png
+      dimmix predict photos/ --topk 1 --format csv --output answers.csv
+      dimmix predict "photos/**/*.png" --threshold 0.5
+      cat photo.png | dimmix predict - --format json
+    """
+    from dimmix.classifier import Classifier
+
+    classifier = Classifier(model, device, checkpoint, amp=amp)
+    if labels is not None:
+        classifier.labels = _read_labels(labels, len(classifier.labels))
+    progress = ProgressBar("images", quiet=quiet)
+    if progress.enabled:
+        import threading
+
+        threading.Thread(target=_count, args=(sources, progress), daemon=True).start()
+    images = _images(sources)
+    if embeddings is not None:
+        records = _embed(classifier.stream_embeddings(images, batch_size=batch_size, workers=workers), embeddings)
+    else:
+        records = _classify(classifier.stream(images, topk, batch_size=batch_size, workers=workers), threshold)
+    failed = 0
+    with Sink(format, output, flatten=_rows, paused=progress.paused) as sink:
+        for record in progress.track(records):
+            sink.write(record)
+            if record["error"] is not None:
+                failed += 1
+                with progress.paused():
+                    note(f"{record['source']}: {record['error']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _classify(results: "Iterable[Result]", threshold: float) -> Iterator[Record]:
+    from dataclasses import asdict
+
+    for result in results:
+        predictions = [asdict(p) for p in result.predictions if p.score >= threshold]
+        yield {"source": result.source, "predictions": predictions, "error": result.error}
+
+
+def _embed(results: "Iterable[tuple[str, np.ndarray | ImageError]]", path: Path) -> Iterator[Record]:
+    """Writes the embeddings, and yields which row of the file is whose."""
+    from dimmix.embeddings import embedding_writer
+    from dimmix.images import ImageError
+
+    row = 0
+    with embedding_writer(path) as write:
+        for source, embedding in results:
+            if isinstance(embedding, ImageError):
+                yield {"source": source, "row": None, "error": embedding.reason}
+            else:
+                write(source, embedding)
+                yield {"source": source, "row": row, "error": None}
+                row += 1
+
+
+def _rows(record: Record) -> list[Record]:
+    """A row for each class; one without a class for an image that has none."""
+    if "row" in record:
+        return [record]
+    source, error = record["source"], record["error"]
+    empty = {"rank": None, "label": None, "index": None, "score": None}
+    rows = [{"rank": rank, **prediction} for rank, prediction in enumerate(record["predictions"], start=1)] or [empty]
+    return [{"source": source, **row, "error": error} for row in rows]
+
+
+class _Stdin(bytes):
+    """An image's bytes that came through the pipe."""
+
+    filename = "-"
+
+
+def _images(sources: list[str]) -> Iterator[Any]:
+    from dimmix.images import find_images
+
+    for source in sources:
+        if source == "-":
+            yield _Stdin(sys.stdin.buffer.read())
+        else:
+            yield from find_images([source])
+
+
+def _count(sources: list[str], progress: ProgressBar) -> None:
+    from dimmix.images import find_images
+
+    progress.total = sum(1 for _ in find_images(source for source in sources if source != "-")) + sources.count("-")
+
+
+def _read_labels(path: Path, classes: int) -> list[str]:
+    try:
+        labels = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DimmixError(f"--labels {path}: {error}", exit_code=2) from error
+    if len(labels) != classes:
+        raise DimmixError(f"--labels {path}: {len(labels)} names for a model of {classes} classes", exit_code=2)
+    return labels

@@ -1,0 +1,182 @@
+"""The one place that writes results: records in, a table, JSON, JSON lines or CSV out, to stdout or a file."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+from dimmix.errors import DimmixError
+
+from .options import Format
+
+Record = dict[str, Any]
+
+_UNLIMITED = 10_000
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def note(message: str, quiet: bool = False) -> None:
+    """One line on stderr: a warning, or what has been written where."""
+    if not quiet:
+        print(f"dimmix: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text on one line, without control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
+
+
+class Sink:
+    """Writes records as they come, in bounded memory.
+
+    Args:
+        format: `auto` is a table on a terminal, JSON lines in a pipe, and what its suffix says for a file.
+        output: a file that appears under its name only when all of it is written; what an interrupted run finished
+            is kept beside it as `NAME.partial`.
+        flatten: turns a record into the rows of a table or of CSV; JSON always gets the record itself.
+        single: there is one record; JSON is that object rather than a list, a table has a line for each of its fields.
+        title: stands above a table.
+        paused: holds a progress bar off the terminal while a table is printed.
+    """
+
+    def __init__(
+        self,
+        format: Format = Format.auto,
+        output: Path | None = None,
+        *,
+        flatten: Callable[[Record], Iterable[Record]] = lambda record: [record],
+        single: bool = False,
+        title: str | None = None,
+        paused: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.output, self.flatten, self.single, self.title, self.paused = output, flatten, single, title, paused
+        self.format = _resolve(format, output)
+        self.written = 0
+        self._file: TextIO = sys.stdout
+        self._temporary = ""
+        self._widths: dict[str, int] = {}
+        self._rows: list[Record] = []
+        self._first_pending = 0.0
+
+    def __enter__(self) -> Self:
+        if self.output is not None:
+            import tempfile
+
+            try:
+                handle, self._temporary = tempfile.mkstemp(dir=self.output.parent, prefix=f".{self.output.name}.")
+            except OSError as error:
+                raise DimmixError(f"--output {self.output}: {error.strerror}", exit_code=2) from error
+            self._file = open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="")
+        elif hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BrokenPipeError):
+            return
+        self._finish()
+        if self.output is None:
+            return
+        self._file.close()
+        os.chmod(self._temporary, 0o644)
+        if error is None:
+            os.replace(self._temporary, self.output)
+        elif self.written:
+            partial = self.output.with_name(f"{self.output.name}.partial")
+            os.replace(self._temporary, partial)
+            note(f"kept the {self.written} finished results in {partial}")
+        else:
+            os.unlink(self._temporary)
+
+    def write(self, record: Record) -> None:
+        """Write one record, at once except in a table, whose rows come a few at a time."""
+        if self.format is Format.table:
+            self._rows += [{"": k, "value": v} for k, v in record.items()] if self.single else self.flatten(record)
+            self._first_pending = self._first_pending or time.monotonic()
+            if not self.single and (len(self._rows) >= 500 or time.monotonic() - self._first_pending > 0.5):
+                self._print_rows()
+        elif self.format is Format.csv:
+            import csv
+
+            for row in self.flatten(record):
+                columns = list(self._widths) or list(row)
+                writer = csv.DictWriter(self._file, columns, extrasaction="ignore", lineterminator="\n")
+                if not self._widths:
+                    self._widths = dict.fromkeys(row, 0)
+                    writer.writeheader()
+                writer.writerow({key: _plain(value) for key, value in row.items()})
+        elif self.format is Format.json and self.single:
+            print(json.dumps(record, indent=2), file=self._file)
+        elif self.format is Format.json:
+            self._file.write(("[\n " if not self.written else ",\n ") + json.dumps(record))
+        else:
+            print(json.dumps(record), file=self._file)
+        self.written += 1
+        if self.output is None and self.format is not Format.table:
+            self._file.flush()
+
+    def _finish(self) -> None:
+        if self.format is Format.json and not self.single:
+            self._file.write("\n]\n" if self.written else "[]\n")
+        if self.format is Format.table:
+            self._print_rows()
+        self._file.flush()
+
+    def _print_rows(self) -> None:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        self._first_pending = 0.0
+        if not self._rows:
+            return
+        rows = [{key: _cell(value) for key, value in row.items()} for row in self._rows]
+        first = not self._widths
+        for key in dict.fromkeys(key for row in rows for key in row) if first else ():
+            self._widths[key] = max(len(key), *(len(row.get(key, "")) for row in rows))
+        terminal = self._file.isatty()
+        console = Console(file=self._file, width=None if terminal else _UNLIMITED, highlight=False)
+        fits = sum(width + 3 for width in self._widths.values()) < console.width
+        table = Table(box=SIMPLE_HEAD, show_header=first, show_edge=False, pad_edge=False)
+        table.title = self.title if first else None
+        numbers = {key for row in self._rows for key, value in row.items() if isinstance(value, int | float)}
+        for key, width in self._widths.items():
+            side: Literal["left", "right"] = "right" if key in numbers else "left"
+            table.add_column(key, min_width=width if fits else None, justify=side, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row.get(key, "")) for key in self._widths))
+        self._rows.clear()
+        with self.paused():
+            console.print(table)
+            self._file.flush()
+
+
+def _resolve(format: Format, output: Path | None) -> Format:
+    if format is not Format.auto:
+        return format
+    if output is not None:
+        suffix = output.suffix.removeprefix(".")
+        return Format(suffix) if suffix in ("json", "jsonl", "csv") else Format.jsonl
+    return Format.table if sys.stdout.isatty() else Format.jsonl
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if 0 < abs(value) < 1 else f"{value:,.2f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return printable(str(_plain(value)))
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,74 @@
+"""`dimmix list`, `info`, `benchmark`, `explain` and `doctor`."""
+
+import json
+
+import pytest
+
+import dimmix as package
+from dimmix.checkpoints import cards
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_list_shows_every_checkpoint_and_sorts_by_any_column(dimmix):
+    found = lines(dimmix("list").out)
+    assert [record["name"] for record in found] == sorted(cards())
+    if found:
+        best = lines(dimmix("list", "--sort=-top1").out)
+        assert [r["top1"] for r in best] == sorted((r["top1"] for r in found), reverse=True)
+        assert dimmix("list", "--sort", "nothing").code == 2
+
+
+def test_list_filters_architectures_by_name_family_and_size(dimmix):
+    found = lines(dimmix("list", "*nano*", "--architectures", "--sort", "params").out)
+    assert sorted(record["name"] for record in found) == package.list_models("*nano*")
+    assert [record["params"] for record in found] == sorted(record["params"] for record in found)
+    small = lines(dimmix("list", "*nano*", "--architectures", "--family", "vit_butterfly", "--max-params", 0.48).out)
+    assert [record["name"] for record in small] == [
+        record["name"] for record in found if "vit" in record["name"] and record["params"] <= 480_000
+    ]
+    assert 0 < len(small) < len(found)
+
+
+def test_info_shows_structure_and_macs(dimmix):
+    record = json.loads(dimmix("info", "butterfly_resnet20_convmix_w32", "--format", "json").out)
+    assert (record["params"], record["macs"]) == (129_578, 24_052_992)
+    assert record["levels"][1]["stride"] == 4
+    assert record["modules"][0]["of_dense"] == pytest.approx(0.148, abs=0.001)
+    out = dimmix("info", "butterfly_resnet20_convmix_w32", "--format", "table").out
+    assert all(word in out for word in ("129,578", "What each layer mixes", "Multiply-accumulates", "blocks.2.2.conv2"))
+
+
+def test_info_shows_the_card_of_a_checkpoint(dimmix, tiny):
+    record = json.loads(dimmix("info", tiny.architecture, "--checkpoint", tiny.checkpoint).out)
+    assert record["card"]["tag"] == "random"
+
+
+def test_benchmark_has_a_row_for_each_model_and_backend(dimmix):
+    names = ["butterfly_resnet_nano_32", "butterfly_resnet_nano_32_dense"]
+    found = lines(dimmix("benchmark", *names, "--backend", "eager", "--rounds", 3, "-b", 2).out)
+    assert [(record["model"], record["backend"]) for record in found] == [(name, "eager") for name in names]
+    for record in found:
+        assert 0 < record["quarter_ms"] <= record["median_ms"] <= record["three_quarter_ms"]
+        assert record["images_per_second"] == pytest.approx(2000 / record["median_ms"])
+    assert found[0]["macs"] < found[1]["macs"]
+
+
+def test_explain_writes_a_picture_and_says_what_reaches(dimmix, tiny, class_folders, tmp_path):
+    image = next((class_folders / "cat").iterdir())
+    model = ["--model", tiny.architecture, "--checkpoint", tiny.checkpoint]
+    done = dimmix("explain", image, *model, "--output", tmp_path / "heat.png")
+    assert [record["layer"] for record in lines(done.out)] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert (tmp_path / "heat.png").exists()
+    done = dimmix("explain", tmp_path / "none.png", *model)
+    assert (done.code, done.err) == (1, f"dimmix: {tmp_path}/none.png: no such file or directory\n")
+
+
+def test_doctor_checks_versions_weights_and_a_prediction(dimmix):
+    done = dimmix("doctor")
+    found = {record["check"]: record for record in lines(done.out)}
+    assert found["dimmix"]["value"] == package.__version__
+    assert {"torch", "cpu", "cache", "self test", *cards()} <= set(found)
+    assert done.code == (0 if cards() else 1)

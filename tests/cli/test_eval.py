@@ -1,0 +1,75 @@
+"""`dimmix eval`: the record, the files beside it, the check against the card."""
+
+import csv
+import json
+
+import pytest
+
+from ..conftest import CIFAR10
+
+KEYS = ["model", "data", "split", "images", "top1", "top5", "nll", "ece", "images_per_second", "seconds"]
+
+
+@pytest.fixture
+def model(tiny):
+    return ["--model", tiny.architecture, "--checkpoint", tiny.checkpoint]
+
+
+def test_json_is_one_object_of_the_metrics(dimmix, model):
+    done = dimmix("eval", CIFAR10, *model, "--format", "json", "--check")
+    record = json.loads(done.out)
+    assert done.code == 0
+    assert list(record) == KEYS
+    assert (record["images"], record["top1"]) == (60, 10.0)
+    assert record["images_per_second"] == pytest.approx(60 / record["seconds"], rel=0.01)
+
+
+def test_a_table_has_every_class(dimmix, model, class_folders):
+    out = dimmix("eval", class_folders, *model, "--format", "table").out
+    assert "accuracy of airplane" in out
+    assert "accuracy of truck" in out
+
+
+def test_predictions_are_written_for_each_image(dimmix, model, class_folders, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    dimmix("eval", class_folders, *model, "--predictions", tmp_path / "p.csv")
+    dimmix("eval", class_folders, *model, "--predictions", tmp_path / "p.parquet")
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(tmp_path / "p.parquet").to_pydict()
+    assert len(rows) == 60
+    assert [row["prediction"] for row in rows] == table["prediction"]
+    assert sum(table["correct"]) == 6
+
+
+def test_the_report_is_written(dimmix, model, tmp_path):
+    done = dimmix("eval", CIFAR10, *model, "--report", tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    assert "wrote" in done.err
+
+
+def test_check_fails_on_data_that_gives_another_accuracy(dimmix, model, tmp_path, class_folders):
+    (tmp_path / "airplane").symlink_to(class_folders / "airplane")
+    done = dimmix("eval", tmp_path, *model, "--check")
+    assert done.code == 1
+    assert "top-1 is 100.00 on 6 images, the card says 10.00 on 60" in done.err
+
+
+def test_check_needs_a_card(dimmix, brightest, class_folders):
+    assert dimmix("eval", class_folders, "-m", brightest, "--check").code == 2
+
+
+def test_labels_that_do_not_match_are_one_line_with_both(dimmix, brightest, class_folders):
+    done = dimmix("eval", class_folders, "-m", brightest)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "10 classes (airplane," in done.err
+    assert "3 classes (red, green, blue)" in done.err
+
+
+def test_a_broken_image_is_named_and_the_rest_measured(dimmix, model, class_folders, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "broken.png").write_bytes(b"x")
+    (tmp_path / "dog").symlink_to(class_folders / "dog")
+    done = dimmix("eval", tmp_path, *model)
+    assert (done.code, json.loads(done.out)["images"]) == (1, 6)
+    assert "cat/broken.png: not an image" in done.err

@@ -1,0 +1,66 @@
+"""`dimmix export`, and its ONNX file where torch cannot be imported."""
+
+import json
+
+import pytest
+
+from ..conftest import CIFAR10
+
+WITHOUT_TORCH = (
+    "import sys\n"
+    "class Blocked:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name.partition('.')[0] in ('torch', 'timm', 'torchvision', 'torchmetrics'): raise ImportError(name)\n"
+    "sys.meta_path.insert(0, Blocked())\n"
+    "from dimmix_cli.main import main\n"
+    "main()"
+)
+
+
+@pytest.fixture
+def model(tiny):
+    return [tiny.architecture, "--checkpoint", tiny.checkpoint]
+
+
+def test_an_onnx_file_predicts_and_evaluates_without_torch(dimmix, process, model, class_folders, tiny_onnx):
+    expected = json.loads(dimmix("eval", CIFAR10, "--model", model[0], "--checkpoint", model[2]).out)
+    found = process(WITHOUT_TORCH, "eval", CIFAR10, "--model", tiny_onnx)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["nll"] == pytest.approx(expected["nll"], abs=1e-5)
+    image = next((class_folders / "cat").iterdir())
+    answer = process(WITHOUT_TORCH, "predict", image, "--model", tiny_onnx)
+    assert answer.returncode == 0, answer.stderr
+    ours = json.loads(dimmix("predict", image, "--model", model[0], "--checkpoint", model[2]).out)["predictions"]
+    assert json.loads(answer.stdout)["predictions"][0]["score"] == pytest.approx(ours[0]["score"], abs=1e-5)
+
+
+def test_int8_shows_the_accuracy_before_and_after(dimmix, model, tmp_path):
+    done = dimmix("export", *model, "--to", "onnx", "--int8", "--data", CIFAR10, "-o", tmp_path / "m.onnx")
+    record = json.loads(done.out)
+    assert record["images"] == 45
+    assert abs(record["top1_after"] - record["top1_before"]) < 10
+    assert 0 < record["max_difference"] < 2
+    assert b"QuantizeLinear" in (tmp_path / "m.onnx").read_bytes()
+
+
+def test_the_record_says_what_was_written(dimmix, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = dimmix("export", *model, "--to", "safetensors")
+    record = json.loads(done.out)
+    assert (done.code, record["file"]) == (0, f"{model[0]}.safetensors")
+    assert record["bytes"] == (tmp_path / record["file"]).stat().st_size
+    assert record["max_difference"] == 0 < record["atol"]
+
+
+def test_a_difference_over_atol_is_exit_1_and_no_file(dimmix, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("dimmix.export._largest_difference", lambda *arguments: 0.5)
+    done = dimmix("export", *model, "--to", "safetensors", "-o", tmp_path / "m.safetensors", "--data", CIFAR10)
+    assert (done.code, list(tmp_path.iterdir())) == (1, [])
+    assert "more than --atol 0.0001" in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--to", "onnx", "--int8"], ["--to", "pt2", "--int8", "--data", "x"], ["--to", "onnx", "-o", "m.pt2"]]
+)
+def test_wrong_usage_is_exit_2(dimmix, model, arguments):
+    assert dimmix("export", *model, *arguments).code == 2

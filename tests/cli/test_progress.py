@@ -1,0 +1,43 @@
+"""The progress bar: on a terminal it counts, elsewhere it keeps quiet."""
+
+import contextlib
+import os
+import pty
+
+from dimmix_cli.progress import ProgressBar
+
+CODE = (
+    "import time\nfrom dimmix_cli import progress\nprogress.DELAY = 0\n"
+    "bar = progress.ProgressBar('images')\nbar.total = 40\n"
+    "for _ in bar.track(range(40)): time.sleep(0.02)\n"
+)
+
+
+def on_a_terminal(process, code):
+    """What a process writes to a terminal at its stderr."""
+    ours, theirs = pty.openpty()
+    process(code, stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the other side is closed and all is read
+        while part := os.read(ours, 65536):
+            seen += part
+    os.close(ours)
+    return seen.decode()
+
+
+def test_a_terminal_sees_count_rate_and_time_left(process):
+    seen = on_a_terminal(process, CODE)
+    assert "images" in seen
+    assert "/40" in seen
+    assert "/s" in seen
+    assert "0:00:0" in seen
+
+
+def test_nothing_is_shown_before_the_delay_or_when_quiet(process):
+    assert "images" not in on_a_terminal(process, CODE.replace("progress.DELAY = 0", "progress.DELAY = 60"))
+    assert "images" not in on_a_terminal(process, CODE.replace("('images')", "('images', quiet=True)"))
+
+
+def test_items_come_through_unchanged():
+    assert list(ProgressBar("images").track(iter("abc"))) == list("abc")

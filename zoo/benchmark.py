@@ -1,0 +1,131 @@
+"""Latency, throughput and memory of models side by side on this machine."""
+
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import DimmixError
+from .profile import count_macs
+from .runtime import OnnxRuntime, describe_model
+
+BACKENDS = ("eager", "compiled", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a batch: the median over the rounds, and the quarter and three-quarter points.
+
+    `peak_mib` is the most memory that was in use while it ran, beyond what was before: of the GPU on one, else of this
+    process, or None where the system does not tell.
+    """
+
+    model: str
+    backend: str
+    batch_size: int
+    median_ms: float
+    quarter_ms: float
+    three_quarter_ms: float
+    images_per_second: float
+    macs: int
+    peak_mib: float | None
+
+
+def benchmark(
+    names: Sequence[str], backends: Sequence[str], *, batch_size: int, rounds: int, device: torch.device
+) -> Iterator[Timing]:
+    """Times every model under every backend; rounds go in turn, so that what slows the machine slows all alike.
+
+    Architectures are measured with the weights they have, or else random ones, which take the same time.
+
+    Raises:
+        DimmixError: no such model, or a backend that cannot run it.
+    """
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            model, spec = describe_model(name)
+            macs = count_macs(model, spec.preprocess.input_size)
+            batch = torch.randn(batch_size, *spec.preprocess.input_size)
+            for backend in backends:
+                call = _prepare(model.to(device), backend, batch.to(device), spec, Path(folder))
+                peak = _peak_mib(call, device)
+                runs.append((name, backend, macs, peak, call, []))
+        for _ in range(rounds):
+            for *_, call, times in runs:
+                times.append(_time(call, device))
+    for name, backend, macs, peak, _, times in runs:
+        quarter, median, three_quarter = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        yield Timing(
+            name,
+            backend,
+            batch_size,
+            1000 * median,
+            1000 * quarter,
+            1000 * three_quarter,
+            batch_size / median,
+            macs,
+            peak,
+        )
+
+
+def _prepare(model: Any, backend: str, batch: torch.Tensor, spec: Any, folder: Path) -> Callable[[], object]:
+    """A warm call of the model on the batch."""
+    if backend == "onnxruntime":
+        from .export import export_model
+
+        path = folder / f"{len(list(folder.iterdir()))}.onnx"
+        images = np.random.default_rng(0).standard_normal((7, *batch.shape[1:]), np.float32)
+        export_model(model.cpu(), spec, "onnx", path, images, atol=1e-2)
+        session = OnnxRuntime(path, "cuda" if batch.is_cuda else "cpu")
+        array = batch.cpu().numpy()
+        call: Callable[[], object] = lambda: session.logits(array)  # noqa: E731
+    else:
+        run = torch.compile(model) if backend == "compiled" else model
+
+        def call() -> object:
+            with torch.inference_mode():
+                return run(batch)
+
+    try:
+        for _ in range(3):
+            call()
+    except Exception as error:  # a compiler that is not there, a kernel that does not build
+        raise DimmixError(f"{spec.name} does not run {backend}: {str(error).splitlines()[0]}") from error
+    return call
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        before = _status_kib("VmRSS")
+        call()
+        return max(0, _status_kib("VmHWM") - before) / 2**10
+    except OSError:
+        return None
+
+
+def _status_kib(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0

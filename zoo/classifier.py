@@ -1,0 +1,232 @@
+"""`Classifier`: weights, transform and labels in, predictions out. The command line and Python users call the same."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from .checkpoints import cards
+from .errors import DimmixError
+from .images import ImageError, describe, open_image
+from .preprocess import TooThinError
+from .runtime import Runtime, load_runtime
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of the answer; `score` is its probability."""
+
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer for one image of a stream: its classes, best first, or why there is none."""
+
+    source: str
+    predictions: list[Prediction]
+    error: str | None = None
+
+
+def default_model() -> str:
+    """The bundled checkpoint with the best CIFAR-100 top-1, or without one the best on CIFAR-10."""
+    found = cards().values()
+    if not found:
+        raise DimmixError("no checkpoint comes with this installation: name a model")
+    return max(found, key=lambda card: (card.dataset == "cifar100", card.top1)).name
+
+
+class Classifier:
+    """A pretrained image classifier.
+
+    Args:
+        name: `architecture[.tag]`, `hf-hub:org/name`, `local-dir:PATH` or an exported `.onnx` or `.pt2` file; without
+            one, the best bundled checkpoint.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        checkpoint: a `.safetensors` file with weights for the architecture `name`.
+        amp: run in bfloat16 where torch's autocast allows it.
+
+    Images are paths, encoded bytes, PIL images, uint8 arrays (H, W[, C]) or uint8 tensors (C, H, W); float arrays and
+    tensors of the model's input shape (C, H, W) are taken as what `transform` returned.
+
+    Raises:
+        DimmixError: no such model, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        device: str = "auto",
+        checkpoint: str | Path | None = None,
+        *,
+        amp: bool = False,
+    ) -> None:
+        self.name = name or default_model()
+        self.runtime = load_runtime(self.name, device=device, checkpoint=checkpoint, amp=amp)
+        self.labels = list(self.runtime.spec.labels)
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> "Classifier":
+        """A classifier around what runs already."""
+        classifier = cls.__new__(cls)
+        classifier.name, classifier.runtime = runtime.spec.name, runtime
+        classifier.labels = list(runtime.spec.labels)
+        return classifier
+
+    @cached_property
+    def transform(self) -> Callable[[Image.Image], Any]:
+        """PIL image to normalised (C, H, W): timm's own transform, or for an ONNX file its equal in NumPy."""
+        model = getattr(self.runtime, "model", None)
+        if not hasattr(model, "pretrained_cfg"):
+            return self.runtime.spec.preprocess
+        import timm.data
+
+        return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+    def predict(self, images: Any, topk: int = 5) -> Any:
+        """The `topk` likeliest classes, best first: a list of `Prediction` for one image, a list of those for several.
+
+        Several are a list or another iterable, or an array or tensor with a batch axis.
+
+        Raises:
+            ImageError: an image that cannot be read. `stream` goes on past it.
+        """
+        if single := self._is_single(images):
+            images = [images]
+        answers = []
+        for result in self.stream(images, topk):
+            if result.error is not None:
+                raise ImageError(result.source, result.error)
+            answers.append(result.predictions)
+        return answers[0] if single else answers
+
+    def embed(self, images: Any) -> np.ndarray:
+        """Pooled features before the classifier: (num_features,) for one image, (B, num_features) for several."""
+        if single := self._is_single(images):
+            images = [images]
+        rows = []
+        for _, row in self.stream_embeddings(images):
+            if isinstance(row, ImageError):
+                raise row
+            rows.append(row)
+        return rows[0] if single else np.stack(rows)
+
+    def stream(
+        self, images: Iterable[Any], topk: int = 5, *, batch_size: int = 64, workers: int | None = None
+    ) -> Iterator[Result]:
+        """A `Result` for each image in turn, as batches fill, in bounded memory; `images` may hold errors."""
+        for image, logits in self._stream(self.runtime.logits, images, batch_size, workers):
+            if isinstance(logits, ImageError):
+                yield Result(describe(image), [], logits.reason)
+            else:
+                yield Result(describe(image), self.top(logits, topk))
+
+    def stream_embeddings(
+        self, images: Iterable[Any], *, batch_size: int = 64, workers: int | None = None
+    ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+        """The source and embedding (num_features,) of each image in turn, or its error."""
+        for image, row in self._stream(self.runtime.embed, images, batch_size, workers):
+            yield describe(image), row
+
+    def top(self, logits: np.ndarray, topk: int) -> list[Prediction]:
+        """The `topk` likeliest classes of one image's logits, best first."""
+        scores = softmax(logits)
+        best = np.argsort(-scores, kind="stable")[:topk]
+        return [Prediction(self.labels[index], int(index), float(scores[index])) for index in best]
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """One image, read and cropped: uint8 (H, W, C), or float32 (C, H, W) if it came transformed."""
+        if isinstance(image, ImageError):
+            raise image
+        preprocess = self.runtime.spec.preprocess
+        if _is_floating(image):
+            array = np.asarray(image.float().cpu() if hasattr(image, "cpu") else image, np.float32)
+            if array.shape != preprocess.input_size:
+                reason = f"float values of shape {array.shape}: after `transform` they are {preprocess.input_size}"
+                raise ImageError(describe(image), reason)
+            return array
+        try:
+            return preprocess.crop(open_image(image, preprocess.mode))
+        except TooThinError as error:
+            raise ImageError(describe(image), error) from None
+
+    def to_batch(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """What `prepare` returned for several images, as one float32 (B, C, H, W) array."""
+        preprocess = self.runtime.spec.preprocess
+        if all(item.dtype == np.uint8 for item in prepared):
+            return preprocess.normalize(np.stack(prepared))
+        return np.stack([preprocess.normalize(item) if item.dtype == np.uint8 else item for item in prepared])
+
+    def _stream(
+        self, function: Callable[[np.ndarray], np.ndarray], images: Iterable[Any], batch_size: int, workers: int | None
+    ) -> Iterator[tuple[Any, Any]]:
+        for batch in load_batches(images, self.prepare, batch_size, workers):
+            good = [item for _, item in batch if not isinstance(item, ImageError)]
+            rows = iter(function(self.to_batch(good))) if good else iter(())
+            for image, item in batch:
+                yield image, item if isinstance(item, ImageError) else next(rows)
+
+    def _is_single(self, images: Any) -> bool:
+        if isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
+            return True
+        return hasattr(images, "ndim") and images.ndim < 4
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis, in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def load_batches(
+    items: Iterable[T], load: Callable[[T], np.ndarray], batch_size: int, workers: int | None = None
+) -> Iterator[list[tuple[T, np.ndarray | ImageError]]]:
+    """Batches of items with what `load` made of each, in order; threads work ahead by two batches, no further.
+
+    An `ImageError` that `load` raises stands in the place of its result.
+    """
+    workers = workers or min(8, os.cpu_count() or 1)
+    chunk = max(1, min(16, batch_size // workers))
+    remaining = iter(items)
+    chunks = iter(lambda: list(itertools.islice(remaining, chunk)), [])
+    ahead = max(2 * batch_size // chunk, workers)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            pending = deque(pool.submit(_load_chunk, load, part) for part in itertools.islice(chunks, ahead))
+            batch: list[tuple[T, np.ndarray | ImageError]] = []
+            while pending:
+                batch += pending.popleft().result()
+                pending.extend(pool.submit(_load_chunk, load, part) for part in itertools.islice(chunks, 1))
+                while len(batch) >= batch_size or (batch and not pending):
+                    yield batch[:batch_size]
+                    batch = batch[batch_size:]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _load_chunk(load: Callable[[T], np.ndarray], items: list[T]) -> list[tuple[T, np.ndarray | ImageError]]:
+    return [(item, _load_one(load, item)) for item in items]
+
+
+def _load_one(load: Callable[[T], np.ndarray], item: T) -> np.ndarray | ImageError:
+    try:
+        return load(item)
+    except ImageError as error:
+        return error
+
+
+def _is_floating(image: Any) -> bool:
+    dtype = getattr(image, "dtype", None)
+    return dtype is not None and "float" in str(dtype)

@@ -1,0 +1,256 @@
+"""Labelled images to evaluate on: class folders, parquet shards, Hub datasets and the CIFAR python archives."""
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .errors import DimmixError
+from .images import ImageError, find_images
+
+SPLITS = ("test", "validation", "valid", "val", "dev")
+"""The splits that are held out, the one to evaluate on first."""
+
+
+class Sample(NamedTuple):
+    """One image (a path, encoded bytes or pixels), the index of its class, and its name."""
+
+    image: Any
+    label: int
+    source: str
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A data set: iterate it for its samples, as often as needed; `labels` is None where classes have no names."""
+
+    name: str
+    split: str
+    labels: tuple[str, ...] | None
+    length: int | None
+    samples: Callable[[], Iterator[Sample]]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.samples()
+
+
+def open_dataset(
+    data: str, *, split: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> LabelledImages:
+    """The data set at `data`: a folder of class folders, a parquet file or folder of shards, `hf://org/dataset`, or a
+    CIFAR python archive (its .tar.gz or the folder in it).
+
+    `split` is by default the held-out one; the columns by default the first with images and the first with integers.
+
+    Raises:
+        DimmixError: nothing there that is one of these, or no such split or column.
+    """
+    if data.startswith("hf://"):
+        return _from_hub(data, split, image_column, label_column)
+    path = Path(data)
+    if not path.exists():
+        raise DimmixError(f"{data}: no such file or folder")
+    if path.name.endswith((".tar.gz", ".tgz")) or any((path / name).is_file() for name in ("batches.meta", "meta")):
+        return _from_cifar(path, split or "test")
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise DimmixError(f"{data}: neither a folder, a .parquet file nor a CIFAR archive")
+        named = path.stem.split("-")[0]
+        split = split or (named if named in ("train", *SPLITS) else "all")
+        return _from_parquet(data, [path], split, image_column, label_column)
+    if shards := sorted(path.glob("**/*.parquet")):
+        found = sorted({shard.name.split("-")[0].removesuffix(".parquet") for shard in shards})
+        chosen = _choose_split(data, split, found)
+        shards = [shard for shard in shards if shard.name.split("-")[0].removesuffix(".parquet") == chosen]
+        return _from_parquet(data, shards, chosen, image_column, label_column)
+    return _from_folders(path, split)
+
+
+def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> list[int] | None:
+    """The model's index for each class of the data, matched by name; None where one side has no names.
+
+    Raises:
+        DimmixError: a class that the model does not know, or by index another number of classes.
+    """
+    if dataset.labels is None or all(label.isdigit() for label in labels):
+        if dataset.labels is not None and len(dataset.labels) != len(labels):
+            raise _mismatch(dataset, model, labels)
+        return None
+    if all(label.isdigit() for label in dataset.labels):
+        if max(map(int, dataset.labels)) >= len(labels):
+            raise _mismatch(dataset, model, labels)
+        return [int(label) for label in dataset.labels]
+    index = {_normalized(label): number for number, label in enumerate(labels)}
+    try:
+        return [index[_normalized(label)] for label in dataset.labels]
+    except KeyError:
+        raise _mismatch(dataset, model, labels) from None
+
+
+def _normalized(label: str) -> str:
+    return label.casefold().replace("_", " ").strip()
+
+
+def _mismatch(dataset: LabelledImages, model: str, labels: Sequence[str]) -> DimmixError:
+    def show(names: Sequence[str]) -> str:
+        return f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+
+    return DimmixError(f"{dataset.name} has {show(dataset.labels or ())} but {model} knows {show(labels)}")
+
+
+def _choose_split(data: str, split: str | None, found: list[str]) -> str:
+    if split is None:
+        if len(found) == 1:
+            return found[0]
+        split = next((name for name in SPLITS if name in found), SPLITS[0])
+    if split not in found:
+        raise DimmixError(f"{data}: no split {split!r} among {', '.join(found)}; choose one with --split", exit_code=2)
+    return split
+
+
+def _from_folders(root: Path, split: str | None) -> LabelledImages:
+    splits = [name for name in ("train", *SPLITS) if (root / name).is_dir()]
+    if splits or split:
+        split = _choose_split(str(root), split, splits)
+    folder = root / (split or "")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise DimmixError(f"{folder}: no class folders, parquet files or CIFAR archive in it")
+
+    def samples() -> Iterator[Sample]:
+        for label, name in enumerate(classes):
+            for image in find_images([str(folder / name)]):
+                yield Sample(image, label, image.source if isinstance(image, ImageError) else image)
+
+    return LabelledImages(str(root), split or "all", tuple(classes), None, samples)
+
+
+def _from_parquet(
+    data: str, shards: list[Path], split: str, image_column: str | None, label_column: str | None
+) -> LabelledImages:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DimmixError("reading parquet needs pyarrow: pip install 'dimmix[eval]'") from None
+    try:
+        files = [pq.ParquetFile(shard) for shard in shards]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DimmixError(f"{data}: not a parquet file ({error})") from error
+    schema = files[0].schema_arrow
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    images = [f.name for f in schema if pa.types.is_struct(f.type) or pa.types.is_binary(f.type)]
+    numbers = [f.name for f in schema if pa.types.is_integer(f.type) or pa.types.is_string(f.type)]
+    image_column = _choose_column(data, "image", image_column, images)
+    label_column = _choose_column(data, "label", label_column, numbers, prefer=features)
+    if pa.types.is_string(schema.field(label_column).type):
+        found = [file.read([label_column])[label_column].unique() for file in files]
+        names = tuple(sorted({name for column in found for name in column.to_pylist()}))
+    else:
+        names = tuple(features.get(label_column, {}).get("names") or ())
+
+    def samples() -> Iterator[Sample]:
+        number = 0
+        for file in files:
+            for batch in file.iter_batches(256, columns=[image_column, label_column]):
+                for row in batch.to_pylist():
+                    image, label = row[image_column], row[label_column]
+                    encoded = image if isinstance(image, bytes) else (image or {}).get("bytes") or b""
+                    path = image.get("path") if isinstance(image, dict) else None
+                    label = names.index(label) if isinstance(label, str) else label
+                    yield Sample(encoded, label, path or f"row {number}")
+                    number += 1
+
+    return LabelledImages(data, split, names or None, sum(file.metadata.num_rows for file in files), samples)
+
+
+def _choose_column(data: str, kind: str, asked: str | None, found: list[str], prefer: Any = ()) -> str:
+    if asked is None and found:
+        labelled = [name for name in found if prefer and prefer.get(name, {}).get("_type") == "ClassLabel"]
+        return (labelled or [name for name in found if kind in name] or found)[0]
+    if asked not in found:
+        raise DimmixError(f"{data}: no {kind} column {asked or ''} among {', '.join(found) or 'none'}", exit_code=2)
+    return asked
+
+
+def _from_hub(data: str, split: str | None, image_column: str | None, label_column: str | None) -> LabelledImages:
+    try:
+        import datasets
+    except ImportError:
+        raise DimmixError(f"{data} needs the datasets library: pip install 'dimmix[eval]'") from None
+    try:
+        found = datasets.get_dataset_split_names(data.removeprefix("hf://"))
+        split = _choose_split(data, split, found)
+        table = datasets.load_dataset(data.removeprefix("hf://"), split=split)
+    except DimmixError:
+        raise
+    except Exception as error:  # the Hub's client, its network and the data's readers each raise their own
+        raise DimmixError(f"{data}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    image_column = _choose_column(data, "image", image_column, images)
+    label_column = _choose_column(data, "label", label_column, classes)
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+
+    def samples() -> Iterator[Sample]:
+        for number, row in enumerate(table):
+            image = row[image_column]
+            yield Sample(image["bytes"] or image["path"], row[label_column], image["path"] or f"row {number}")
+
+    return LabelledImages(data, split, tuple(table.features[label_column].names), len(table), samples)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads the CIFAR archives, which are pickles, and builds nothing but NumPy arrays: any other name is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        reconstruct = np.empty(0).__reduce__()[0]
+        allowed = {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.partition(".")[0] == "numpy" and name in allowed:
+            return allowed[name]
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"{module}.{name} has no business in a CIFAR archive")
+
+
+def _from_cifar(path: Path, split: str) -> LabelledImages:
+    try:
+        files = _cifar_files(path)
+        if "meta" in files:
+            names = _unpickle(files["meta"])["fine_label_names"]
+            batches = {"train": ["train"], "test": ["test"]}
+        else:
+            names = _unpickle(files["batches.meta"])["label_names"]
+            batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+        _choose_split(str(path), split, list(batches))
+        parts = [_unpickle(files[name]) for name in batches[split]]
+        pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [label for part in parts for label in part.get("fine_labels") or part["labels"]]
+    except (OSError, tarfile.TarError, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
+        raise DimmixError(f"{path}: not a whole CIFAR python archive ({error})") from error
+
+    def samples() -> Iterator[Sample]:
+        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            yield Sample(Image.fromarray(image), int(label), f"{split}/{number}")
+
+    return LabelledImages(str(path), split, tuple(names), len(labels), samples)
+
+
+def _cifar_files(path: Path) -> dict[str, bytes]:
+    if path.is_dir():
+        return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    with tarfile.open(path) as archive:
+        members = [member for member in archive if member.isfile()]
+        return {Path(member.name).name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+def _unpickle(content: bytes) -> dict[str, Any]:
+    values = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in values.items()}

@@ -1,0 +1,298 @@
+"""One way to run what maps a batch to logits: a timm model, an ONNX file or a torch.export archive.
+
+Torch is imported only where it is needed: an ONNX file runs with onnxruntime and NumPy alone.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .errors import DimmixError
+from .preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA_KEY = "dimmix"
+"""The metadata entry of an exported file that holds its `Spec` as JSON."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model needs beside its weights: preprocessing, labels (one a class) and its card, if it has one."""
+
+    name: str
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text that an exported file carries in its metadata."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        preprocess = Preprocess.from_config(values["preprocess"])
+        return cls(values["name"], preprocess, tuple(values["labels"]), values["card"])
+
+
+class Runtime(Protocol):
+    """Maps batches, float32 (B, C, H, W) arrays as `spec.preprocess` makes them, to float32 arrays."""
+
+    spec: Spec
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """(B, classes)."""
+        ...
+
+    def embed(self, batch: np.ndarray) -> np.ndarray:
+        """Pooled features before the classifier, (B, num_features)."""
+        ...
+
+
+class TorchRuntime:
+    """A timm model, or the module of a torch.export archive, on one device."""
+
+    def __init__(self, model: "torch.nn.Module", spec: Spec, device: "torch.device", amp: bool = False) -> None:
+        self.model, self.spec, self.device, self.amp = model.to(device), spec, device, amp
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        return self._run(self.model, batch)
+
+    def embed(self, batch: np.ndarray) -> np.ndarray:
+        model: Any = self.model
+        if not hasattr(model, "forward_features"):
+            raise DimmixError(f"{self.spec.name} gives no embeddings: only models of timm's registry do", exit_code=2)
+        return self._run(lambda x: model.forward_head(model.forward_features(x), pre_logits=True), batch)
+
+    def _run(self, function: Any, batch: np.ndarray) -> np.ndarray:
+        import torch
+
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
+        with torch.inference_mode(), autocast:
+            return function(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+
+
+class OnnxRuntime:
+    """An exported ONNX file under onnxruntime."""
+
+    def __init__(self, path: Path, device: str = "auto") -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise DimmixError(f"{path} needs onnxruntime: pip install 'dimmix[export]'") from None
+
+        providers = ["CPUExecutionProvider"]
+        if device == "cuda":
+            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+                raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            self.session = onnxruntime.InferenceSession(os.fspath(path), providers=providers)
+        except Exception as error:
+            raise DimmixError(f"{path}: not an ONNX file that onnxruntime can run ({_first_line(error)})") from error
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in metadata:
+            raise DimmixError(f"{path}: no labels and preprocessing in it; make it with `dimmix export`")
+        self.spec = Spec.from_json(metadata[METADATA_KEY])
+        self._input = self.session.get_inputs()[0].name
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        return np.asarray(self.session.run(None, {self._input: batch})[0], np.float32)
+
+    def embed(self, batch: np.ndarray) -> np.ndarray:
+        raise DimmixError(f"{self.spec.name}: an ONNX file gives no embeddings; name the model itself", exit_code=2)
+
+
+def load_runtime(
+    name: str, *, device: str = "auto", checkpoint: str | Path | None = None, amp: bool = False
+) -> Runtime:
+    """What `name` names, ready to run.
+
+    `name` is `architecture[.tag]`, `hf-hub:org/name`, `local-dir:PATH`, or an exported `.onnx` or `.pt2` file;
+    `checkpoint` a `.safetensors` file of that architecture; `device` auto, cpu, cuda or mps; `amp` bfloat16 autocast.
+
+    Raises:
+        DimmixError: no such model, device or file, or weights that do not fit.
+    """
+    exported = Path(name)
+    if exported.suffix in (".onnx", ".pt2"):
+        if not exported.is_file():
+            raise DimmixError(f"{name}: no such file")
+        if checkpoint is not None:
+            raise DimmixError(f"--checkpoint: {name} holds its own weights", exit_code=2)
+    if exported.suffix == ".onnx":
+        if amp:
+            raise DimmixError(f"--amp: {name} keeps the types it was exported with", exit_code=2)
+        return OnnxRuntime(exported, device)
+    torch_device = resolve_device(device)
+    if exported.suffix == ".pt2":
+        return _load_pt2(exported, torch_device, amp)
+    model, spec = load_model(name, checkpoint=checkpoint)
+    return TorchRuntime(model, spec, torch_device, amp)
+
+
+def resolve_device(device: str) -> "torch.device":
+    """The torch device that `auto`, `cpu`, `cuda` or `mps` means on this machine."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there.get(device.split(":")[0], False):
+        there_now = ", ".join(kind for kind, yes in there.items() if yes)
+        raise DimmixError(f"--device {device}: not on this machine, which has {there_now}", exit_code=2)
+    return torch.device(device)
+
+
+def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[torch.nn.Module, Spec]":
+    """A timm model with its pretrained weights, or those of a `.safetensors` file, in evaluation mode.
+
+    Raises:
+        DimmixError: no such model or file, or weights that do not fit.
+    """
+    if checkpoint is not None:
+        return _load_checkpoint(name, Path(checkpoint))
+    import timm
+
+    from .checkpoints import cards, find
+
+    architecture = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(architecture):
+        raise _unknown_model(name)
+    if ":" in name:
+        find(name)  # timm would fall back to a pickle
+    try:
+        model: Any = timm.create_model(name, pretrained=True).eval()
+    except DimmixError:
+        raise
+    except Exception as error:  # timm, the Hub's client and safetensors each raise their own
+        if "Invalid pretrained tag" in str(error):
+            raise _unknown_model(name) from None
+        raise DimmixError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    card = cards().get(f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}")
+    return model, model_spec(model, name, asdict(card) if card else {})
+
+
+def describe_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[torch.nn.Module, Spec]":
+    """As `load_model`, but an architecture that has no weights comes with random ones and no card."""
+    import timm
+
+    from .checkpoints import cards
+
+    known = {card.architecture for card in cards().values()} | cards().keys()
+    if checkpoint is not None or ":" in name or name in known or not timm.is_model(name):
+        return load_model(name, checkpoint=checkpoint)
+    model = timm.create_model(name).eval()
+    return model, model_spec(model, name, {})
+
+
+def model_spec(model: Any, name: str, card: dict[str, Any]) -> Spec:
+    """Preprocessing and labels of a timm model; classes without a name are called by their number."""
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(model)
+    pretrained_cfg = model.pretrained_cfg
+    labels = pretrained_cfg.get("label_names") or ()
+    if not labels and model.num_classes == 1000:
+        info = timm.data.ImageNetInfo()
+        labels = [info.index_to_description(index) for index in range(1000)]
+    if len(labels) != model.num_classes:
+        labels = [str(index) for index in range(model.num_classes)]
+    return Spec(name, Preprocess.from_config(config), tuple(labels), card)
+
+
+def _unknown_model(name: str) -> DimmixError:
+    import timm
+
+    from . import list_models
+    from .checkpoints import cards
+
+    ours = list_models()
+    known = [*cards(), *ours, *timm.list_models()]
+    close = list(dict.fromkeys(difflib.get_close_matches(name, known, n=3, cutoff=0.5)))
+    hint = f"did you mean {' or '.join(close)}?" if close else "`dimmix list` shows the models"
+    return DimmixError(f"unknown model {name!r}: {hint}", exit_code=2)
+
+
+def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
+    import safetensors.torch
+    import timm
+    import torch
+
+    from .checkpoints import find
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown_model(name)
+    path = find(path)
+    cfg, card = _about_checkpoint(path)
+    state = safetensors.torch.load_file(path)
+    with torch.device("meta"):
+        blank: Any = timm.create_model(name)
+    classifier = blank.pretrained_cfg["classifier"]
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    classes: dict[str, Any] = {} if head is None else {"num_classes": len(head)}
+    model = timm.create_model(name, pretrained_cfg_overlay=cfg or None, **classes)
+    expected = model.state_dict()
+    wrong = [
+        f"{key} is {_shape(state.get(key))}, expected {_shape(expected.get(key))}"
+        for key in [*expected, *(key for key in state if key not in expected)]
+        if _shape(state.get(key)) != _shape(expected.get(key))
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DimmixError(f"{path}: the weights do not fit {name}: {wrong[0]}{more}")
+    model.load_state_dict(state)
+    return model.eval(), model_spec(model, name, card)
+
+
+def _about_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """timm's pretrained cfg and the card, from the card beside a checkpoint or else from its own metadata."""
+    import safetensors
+
+    from .checkpoints import Card
+    from .checkpoints.header import verify
+
+    card_path = path.with_suffix(".json")
+    if card_path.is_file():
+        card = Card.read(card_path)
+        verify(path, sha256=card.sha256)
+        return card.pretrained_cfg(), asdict(card)
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        return {}, {}
+    spec = Spec.from_json(metadata[METADATA_KEY])
+    return {**asdict(spec.preprocess), "label_names": spec.labels, "num_classes": len(spec.labels)}, spec.card
+
+
+def _shape(tensor: "torch.Tensor | None") -> str:
+    return "missing" if tensor is None else "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _load_pt2(path: Path, device: "torch.device", amp: bool) -> TorchRuntime:
+    import torch
+
+    from .pt2 import check_archive
+
+    check_archive(path)
+    files = {METADATA_KEY: ""}
+    try:
+        program = torch.export.load(path, extra_files=files)
+    except Exception as error:
+        raise DimmixError(f"{path}: not a torch.export archive ({_first_line(error)})") from error
+    if not files[METADATA_KEY]:
+        raise DimmixError(f"{path}: no labels and preprocessing in it; make it with `dimmix export`")
+    return TorchRuntime(program.module(), Spec.from_json(files[METADATA_KEY]), device, amp)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,77 @@
+"""The mixing structure of a model, level by level, and where its multiply-accumulates are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+from .layers.block_linear import LevelView
+from .layers.butterfly_attention import ButterflyAttention
+from .layers.butterfly_conv import ChannelTranspose
+from .layers.patch_fold import PatchFold
+from .profile import macs_by_module
+
+
+@dataclass(frozen=True)
+class MixingLevel:
+    """One layer that mixes groups of `radix` dimensions `stride` apart; of its n x n matrix `non_zero` is there."""
+
+    module: str
+    mixes: str
+    n: int
+    radix: int
+    stride: int
+    groups: int
+    non_zero: float
+
+
+def mixing_levels(model: nn.Module) -> list[MixingLevel]:
+    """The layers that mix in groups, in order: block-diagonal products, strided attention, grouped convolutions and
+    patches, whose values lie in no one stride."""
+    levels = []
+    strides: dict[str, int] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, LevelView):
+            levels.append(_level(parent, "features", (module.groups, module.level[1], module.stride)))
+        elif isinstance(module, ButterflyAttention):
+            levels.append(_level(name, "tokens", module.level))
+        elif isinstance(module, PatchFold):
+            levels.append(_level(parent, "patches", (module.num_patches, module.values, 1)))
+        elif isinstance(module, ChannelTranspose) and leaf in ("gather", "shuffle"):
+            strides[f"{parent}.block." if leaf == "gather" else f"{parent}.conv2."] = module.inner
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            stride = next((stride for prefix, stride in strides.items() if name.startswith(prefix)), 1)
+            radix = module.in_channels // module.groups
+            levels.append(_level(name, "channels", (module.groups // stride, radix, stride)))
+    return levels
+
+
+def _level(name: str, mixes: str, level: tuple[int, int, int]) -> MixingLevel:
+    groups, radix, stride = level
+    return MixingLevel(name, mixes, groups * radix * stride, radix, stride, groups, 1 / (groups * stride))
+
+
+def macs_against_dense(model: Any, name: str, input_size: tuple[int, ...]) -> list[dict[str, Any]]:
+    """MACs for one image of the whole model (`module` is "") and of each part, beside those of its dense twin.
+
+    `dense` is None where the architecture `name` has no twin, or the twin no such part.
+    """
+    ours = macs_by_module(model, input_size)
+    twin_name = f"{name.partition('.')[0].removesuffix('_monarch')}_dense"
+    twin: dict[str, int] = {}
+    if timm.is_model(twin_name):
+        twin = macs_by_module(timm.create_model(twin_name, num_classes=model.num_classes), input_size)
+    parts = ["", *(part for part, module in model.named_children() if part != "blocks" and part in ours)]
+    parts += [f"blocks.{i}" for i in range(len(model.blocks))] if hasattr(model, "blocks") else []
+    return [
+        {
+            "module": part,
+            "macs": ours[part],
+            "dense": twin.get(part),
+            "of_dense": ours[part] / twin[part] if twin.get(part) else None,
+        }
+        for part in parts
+        if part in ours
+    ]

@@ -1,0 +1,59 @@
+"""Rows to a .csv or .parquet file as they come."""
+
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DimmixError
+from .files import replacing
+
+Write = Callable[[dict[str, Any]], None]
+
+_ROW_GROUP = 4096
+
+
+@contextmanager
+def table_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
+    """Opens `path` for rows of `columns`, each name with its pyarrow type.
+
+    Raises:
+        DimmixError: another suffix, or a folder that cannot be written to.
+    """
+    writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
+    if path.suffix not in writers:
+        raise DimmixError(f"{path}: tables are written as .csv or .parquet", exit_code=2)
+    with replacing(path) as temporary, writers[path.suffix](temporary, columns) as write:
+        yield write
+
+
+@contextmanager
+def _csv_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        yield writer.writerow
+
+
+@contextmanager
+def _parquet_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DimmixError("parquet needs pyarrow: pip install 'dimmix[eval]'") from None
+
+    types = {"floats": pa.list_(pa.float32())}
+    schema = pa.schema([(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in columns.items()])
+    rows: list[dict[str, Any]] = []
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if len(rows) == _ROW_GROUP:
+            file.write_table(pa.Table.from_pylist(rows, schema))
+            rows.clear()
+
+    with pq.ParquetWriter(path, schema) as file:
+        yield write
+        file.write_table(pa.Table.from_pylist(rows, schema))
