@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Classifier", "DimmixError", "list_models"]
 
-FAMILIES = ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer")
+FAMILIES = ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer", "wide_mixer")
 
 
 def _register_families() -> None:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from dimmix.checkpoints import CheckpointError, cards, find
@@ -15,6 +13,8 @@ def default_cfgs(untagged: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     An architecture's first card is what its name without a tag means; one without cards has no weights.
     """
+    from timm.models import generate_default_cfgs
+
     cfgs: dict[str, Any] = {}
     for architecture, cfg in untagged.items():
         own = [card for card in cards().values() if card.architecture == architecture]
@@ -34,6 +34,8 @@ def build(
     Raises:
         CheckpointError: there are no weights of this name, they cannot be had, are damaged or do not fit.
     """
+    from timm.models import build_model_with_cfg
+
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_local_weights(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
@@ -54,6 +56,8 @@ def create_model(name: str, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: the weights cannot be had, are damaged, or are not safetensors.
     """
+    import timm
+
     overlay, cache_dir = kwargs.pop("pretrained_cfg_overlay", None), kwargs.get("cache_dir")
     if ":" in name:
         overlay = {**(overlay or {}), **_local_file(name, cache_dir=cache_dir)}
@@ -65,6 +69,8 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
 def _with_local_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any) -> dict[str, Any]:
     """The overlay that makes timm load one verified local file, or the tensors the caller handed over."""
+    from timm.models import resolve_pretrained_cfg
+
     overlay = overlay or {}
     resolved = resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
     # What a repository's config.json says about files or tensors does not count: its weights are its own.

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import register_model
 from torch import nn
 
 
@@ -21,6 +20,8 @@ def register_variants(module: str, create: Callable[..., nn.Module], variants: d
         create: builds a variant.
         variants: arguments of the model by name; a caller's keyword arguments override them.
     """
+    from timm.models import register_model
+
     for name, args in variants.items():
         entry_point = _entry_point(module, create, name, args)
         setattr(sys.modules[module], name, entry_point)

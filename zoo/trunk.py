@@ -1,5 +1,8 @@
 """Trunk: what every family shares with timm. Stem -> blocks -> norm -> pool -> head, and timm's model interface on it.
 
+timm is imported inside functions here, in registry.py and in pretrained.py: importing it imports the families, which
+need these modules whole.
+
 A family builds `stem`, `blocks` and `norm`, calls `finish`, and overrides the hooks `embed`, `leave` and `to_map` where
 its blocks work in a layout of their own.
 """
@@ -7,9 +10,9 @@ its blocks work in a layout of their own.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from .layers.eager import runs_eagerly
 
 POOLS = ("", "avg", "max", "flatten")
 
@@ -20,6 +23,9 @@ class Trunk(nn.Module):
     `num_features` is the width of a feature, C, and also of what the model returns without a classifier. The two differ
     under the papers' flattened heads: there it is C with a classifier and N * C, `head_hidden_size`, without.
     """
+
+    images_per_tile = 0
+    """On a CPU, without gradients, so many images at a time: what passes between layers then stays in the cache."""
 
     if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
         stem: nn.Module
@@ -136,7 +142,7 @@ class Trunk(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not one of 'NCHW', 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = _take_indices(len(self.blocks), indices)
         x = self.embed(x)
         intermediates = []
         blocks = self.blocks[: last + 1] if stop_early and not torch.jit.is_scripting() else self.blocks
@@ -153,7 +159,7 @@ class Trunk(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the blocks after the last of `indices`, and the norm and the head where asked."""
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = _take_indices(len(self.blocks), indices)
         cut = last < len(self.blocks) - 1
         self.blocks = self.blocks[: last + 1]
         width = self.feature_info[last]["num_chs"]
@@ -166,14 +172,18 @@ class Trunk(nn.Module):
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(blocks if isinstance(blocks, nn.Sequential) else [blocks], x)
+            return _checkpointed(blocks if isinstance(blocks, nn.Sequential) else [blocks], x)
         return blocks(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
+        if not torch.jit.is_scripting():
+            tile = self.images_per_tile
+            if tile and runs_eagerly(x) and len(x) > tile:
+                return torch.cat([self.forward_features(images) for images in x.split(tile)])
         x = self.embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
+            x = _checkpointed(self.blocks, x)
         else:
             x = self.blocks(x)
         return self.leave(self.norm(x))
@@ -195,6 +205,18 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _take_indices(blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    from timm.models._features import feature_take_indices
+
+    return feature_take_indices(blocks, indices)
+
+
+def _checkpointed(blocks: nn.Sequential | list[nn.Module], x: Tensor) -> Tensor:
+    from timm.models import checkpoint_seq
+
+    return checkpoint_seq(blocks, x)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -40,7 +40,15 @@ def test_parameter_counts_of_the_paper(name, params):
 
 
 @pytest.mark.parametrize(
-    "order", ["import dimmix, timm", "import timm, dimmix", "from timm import create_model; import dimmix, timm"]
+    "order",
+    [
+        "import dimmix, timm",
+        "import timm, dimmix",
+        "from timm import create_model; import dimmix, timm",
+        "from dimmix.trunk import Trunk; import timm",
+        "from dimmix.pretrained import build; import timm",
+        "from dimmix.butterfly_mixer import ButterflyMixer; import timm",
+    ],
 )
 def test_families_register_whichever_import_comes_first(order):
     code = f"{order}; print(timm.create_model('butterfly_resnet20_convmix_w32').num_classes)"

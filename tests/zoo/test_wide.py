@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dimmix.layers import ButterflyLinear
 from dimmix.wide import (
     KroneckerOperator,
@@ -125,7 +126,9 @@ def test_projection_of_a_monarch_matrix_is_itself(n, radix):
 
 def test_projection_is_the_optimum_of_every_block():
     weight = torch.randn(16, 16, dtype=torch.float64)
-    lost = sum(torch.linalg.svdvals(weight[q::4, 4 * p : 4 * p + 4])[1:].square().sum() for p in range(4) for q in range(4))
+    lost = sum(
+        torch.linalg.svdvals(weight[q::4, 4 * p : 4 * p + 4])[1:].square().sum() for p in range(4) for q in range(4)
+    )
     assert (project_to_monarch(weight).dense() - weight).square().sum() == pytest.approx(lost.item(), rel=1e-12)
 
 
@@ -150,7 +153,9 @@ def test_descent_from_many_starts_finds_nothing_nearer_than_the_projection():
     assert min(found) == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.parametrize(("weight", "radix", "match"), [((4, 6), None, "square"), ((12, 12), 3, "radix 3"), ((7, 7), None, "radix 7")])
+@pytest.mark.parametrize(
+    ("weight", "radix", "match"), [((4, 6), None, "square"), ((12, 12), 3, "radix 3"), ((7, 7), None, "radix 7")]
+)
 def test_projection_refuses_what_has_no_two_levels(weight, radix, match):
     with pytest.raises(ValueError, match=match):
         project_to_monarch(torch.zeros(weight), radix)

@@ -1,0 +1,92 @@
+"""What runs where no gradient is wanted, against what runs where one is, in float64 and on every kind of level."""
+
+import pytest
+import timm
+import torch
+from dimmix.butterfly import ButterflySchedule
+from dimmix.fuse import fuse
+from dimmix.layers import ButterflyLinear, ButterflyMlp, ChannelTranspose, MonarchMlp, block_linear, gather_groups
+from dimmix.layers.permute import transpose_last
+
+SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 11])  # one row, whole tiles, and a part of one at the end
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+@pytest.mark.parametrize("kind", [ButterflyLinear, ButterflyMlp, MonarchMlp])
+def test_rows_in_tiles_are_what_all_rows_at_once_are(monkeypatch, kind, n, radix, rows):
+    layer = kind(n, 3 * n, radix) if kind is ButterflyLinear else kind(n, radix)
+    x = torch.randn(rows, n)
+    expected = layer(x)
+    monkeypatch.setattr(block_linear, "TILE", 2 * n)
+    with torch.no_grad():
+        assert (layer(x) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("features", [(36, 12), (72, 24)])
+def test_a_shrinking_linear_in_tiles(monkeypatch, features):
+    layer = ButterflyLinear(*features, 4)
+    x = torch.randn(2, 5, features[0])
+    monkeypatch.setattr(block_linear, "TILE", 2 * features[0])
+    with torch.no_grad():
+        actual = layer(x)
+    assert (actual - layer(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_features_last_is_the_transpose_of_features_first(n, radix):
+    for layer in (ButterflyLinear(n, n, radix), ButterflyMlp(n, radix), MonarchMlp(n, radix)):
+        x = torch.randn(n, 5)
+        assert (layer.mix(x, True) - layer.mix(x).reshape(n, 5).t()).abs().max() < 1e-12
+
+
+def test_transpose_last_is_a_transpose_of_the_last_axis():
+    x = torch.randn(2, 3, 12)
+    expected = x.view(2, 3, 3, 4).transpose(2, 3).reshape(2, 3, 12)
+    assert torch.equal(transpose_last(x, 3, 4), expected)
+    with torch.no_grad():
+        assert torch.equal(transpose_last(x, 3, 4), expected)
+        assert torch.equal(transpose_last(x.transpose(0, 1), 3, 4), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("groups", [(1, 3, 4), (2, 3, 2)])
+def test_channel_transpose_is_the_same_without_gradients_and_stays_channels_last(groups):
+    layer = ChannelTranspose(*groups)
+    x = torch.randn(2, 12, 5, 5).contiguous(memory_format=torch.channels_last)
+    expected = layer(x)
+    with torch.no_grad():
+        actual = layer(x)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_exported_channel_transpose_is_the_same():
+    layer = gather_groups(ButterflySchedule(16, 4).levels[1])
+    x = torch.randn(2, 16, 3, 3)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["butterfly_resnet_nano_32", "butterfly_resnet20_blockmix_w32", "vit_butterfly_nano_patch4_32"]
+)
+def test_a_fused_model_is_the_same_function_without_a_batch_norm(name):
+    torch.set_default_dtype(torch.float32)
+    model = timm.create_model(name, num_classes=10)
+    x = torch.randn(4, 3, 32, 32)
+    for _ in range(3):
+        model(x)  # running statistics of its own
+    names = set(model.state_dict())
+    with torch.no_grad():
+        fused = fuse(model)
+        assert (fused(x) - model.eval()(x)).abs().max() < 1e-5
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+    assert set(model.state_dict()) == names
