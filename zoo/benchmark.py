@@ -48,7 +48,7 @@ def benchmark(
     Raises:
         DimmixError: no such model, or a backend that cannot run it.
     """
-    runs = []
+    runs: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             model, spec = describe_model(name)

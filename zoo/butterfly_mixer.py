@@ -78,6 +78,8 @@ class ButterflyMixer(Trunk):
         ValueError: a patch that does not divide the image, a radix that does not divide its axis, unknown `mixing`.
     """
 
+    images_per_tile: int = 16
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 32,

@@ -62,8 +62,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
-        y = self.conv2(self.shuffle(F.relu(self.conv1(x))))
-        return F.relu(self.drop_path(y) + self.shortcut(x))
+        y = self.conv2(self.shuffle(F.relu(self.conv1(x), inplace=True)))
+        return F.relu(self.drop_path(y) + self.shortcut(x), inplace=True)
 
 
 class BlockMix(nn.Sequential):
@@ -108,6 +108,8 @@ class ButterflyResNet(Trunk):
     Raises:
         ValueError: unknown `mixing`, or a radix that does not divide its stage's channels.
     """
+
+    images_per_tile: int = 16
 
     def __init__(
         self,

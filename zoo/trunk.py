@@ -24,7 +24,7 @@ class Trunk(nn.Module):
     under the papers' flattened heads: there it is C with a classifier and N * C, `head_hidden_size`, without.
     """
 
-    images_per_tile = 0
+    images_per_tile: int = 0
     """On a CPU, without gradients, so many images at a time: what passes between layers then stays in the cache."""
 
     if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         self.features, self.grid, self.makes_maps = features, grid, makes_maps
         self.global_pool = _checked_pool(global_pool)
         self.grad_checkpointing = False
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"module": f"blocks.{i}", "num_chs": width, "reduction": pixels}
             for i, (width, pixels) in enumerate(zip(widths, reduction, strict=True))
         ]
@@ -179,7 +179,8 @@ class Trunk(nn.Module):
         """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
         if not torch.jit.is_scripting():
             tile = self.images_per_tile
-            if tile and runs_eagerly(x) and len(x) > tile:
+            # In training mode a BatchNorm without gradients still wants the statistics of the whole batch.
+            if tile and not self.training and runs_eagerly(x) and len(x) > tile:
                 return torch.cat([self.forward_features(images) for images in x.split(tile)])
         x = self.embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -7,7 +7,7 @@ position embedding, convolution stem, average pooling. `mixing="dense"` is the s
 tokens.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
@@ -75,6 +75,10 @@ class ButterflyVit(Trunk):
     Raises:
         ValueError: a patch that does not divide the image, a radix that does not divide the tokens, unknown options.
     """
+
+    if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
+        stem: TokenStem
+        order: Permute | None
 
     def __init__(
         self,
@@ -184,13 +188,14 @@ class ButterflyVit(Trunk):
         self.grid = self.stem.grid
         tokens = self.grid[0] * self.grid[1]
         schedule = self._schedule(tokens)
-        for i, attention in enumerate(m for m in self.modules() if isinstance(m, ButterflyAttention)):
+        attentions = [module for module in self.modules() if isinstance(module, ButterflyAttention)]
+        for i, attention in enumerate(attentions):
             attention.set_level(schedule.level(i))
         if self.pos_embed is not None:
             resampled = resample_abs_pos_embed(self.pos_embed.data, list(self.grid), list(old), num_prefix_tokens=0)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         if self.order is not None:
-            device = self.order.order.device
+            device = next(self.parameters()).device
             self.order = Permute(random_order(tokens, self.seed), 1, persistent=True, device=device)
         if self.num_classes == 0:
             self.reset_classifier(0)

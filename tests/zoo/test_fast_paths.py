@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+
 from dimmix.butterfly import ButterflySchedule
 from dimmix.fuse import fuse
 from dimmix.layers import ButterflyLinear, ButterflyMlp, ChannelTranspose, MonarchMlp, block_linear, gather_groups

@@ -64,12 +64,15 @@ class ButterflyAttention(nn.Module):
             qkv = torch.baddbmm(self.qkv.bias.view(3, 1, C), tokens, weight)
         else:
             qkv = torch.bmm(tokens, weight)
-        q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v)
-        x = x.transpose(1, 2).reshape(B, N, C)
+        x = self.attend(qkv).view(B, N, C)
         if self.permute is not None:
             x = self.permute.undo(x)
         return self.proj_drop(self.proj(x))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """q, k and v of every token, (3, B * N, C) -> what each token attends to, (B * N, C)."""
+        q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
 
     def extra_repr(self) -> str:
         return "groups={}, radix={}, stride={}, ".format(*self.level) + f"num_heads={self.num_heads}"

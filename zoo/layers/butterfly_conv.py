@@ -4,10 +4,11 @@ Layout: channels_last in and out. Grouped convolutions are ten times faster ther
 channels is then a transpose of the innermost, contiguous axis. Its copy is the only one: the convolution reads it.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..butterfly import Level
-from .permute import Permute
+from .permute import Permute, transpose_last
 
 
 class ChannelTranspose(nn.Module):
@@ -23,8 +24,15 @@ class ChannelTranspose(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x.permute(0, 2, 3, 1).unflatten(3, [self.outer, self.middle, self.inner])
-        return x.transpose(4, 5).flatten(3).permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
+            if torch.compiler.is_exporting() and self.outer == 1:
+                return torch.channel_shuffle(x, self.middle)  # other runtimes have a layout of their own
+        x = x.permute(0, 2, 3, 1)
+        if self.outer == 1:
+            x = transpose_last(x, self.middle, self.inner)
+        else:
+            x = transpose_last(x.unflatten(3, [self.outer, -1]), self.middle, self.inner).flatten(3)
+        return x.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"({self.outer}, {self.middle}, {self.inner})"

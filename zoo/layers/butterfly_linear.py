@@ -24,9 +24,12 @@ class ButterflyFactor(nn.Module):
         self.in_block = in_block
         self.linear = BlockLinear(view.blocks, in_block, out_block, bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features first -> features first, leading axes as `LevelView.merge` leaves them."""
-        return self.view.merge(self.linear(self.view.split(x, self.in_block)))
+    def forward(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first -> features first, leading axes as `LevelView.merge` leaves them, or (rows, features)."""
+        x = self.view.split(x, self.in_block)
+        if features_last:
+            return self.view.merge_last(self.linear.forward_last(x))
+        return self.view.merge(self.linear(x))
 
 
 class ButterflyLinear(FeatureMixer):
@@ -67,16 +70,22 @@ class ButterflyLinear(FeatureMixer):
             factors.append(ButterflyFactor(view, in_block, out_block, bias and i == last, device=device, dtype=dtype))
         self.factors = nn.Sequential(*factors)
 
-    def mix(self, x: Tensor) -> Tensor:
-        """Features first: (in_features, rows) -> out_features in natural order, leading axes split, rows last."""
-        return self.factors(x)
+    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first: (in_features, rows) -> out_features in natural order, leading axes split, rows last.
+
+        With `features_last` the result is (rows, out_features).
+        """
+        for i, factor in enumerate(self.factors):
+            x = factor(x, features_last and i == len(self.factors) - 1)
+        return x
 
     @torch.no_grad()
     def dense_equivalent(self) -> Tensor:
         """The same map without its bias as a dense matrix, (out_features, in_features)."""
-        weight = self.factors[0].linear.weight
+        weight = next(self.parameters())
         x = torch.eye(self.in_features, device=weight.device, dtype=weight.dtype)
         for factor in self.factors:
+            assert isinstance(factor, ButterflyFactor)
             x = factor.view.merge(torch.bmm(factor.linear.weight, factor.view.split(x, factor.in_block)))
         return x.reshape(self.out_features, self.in_features)
 

@@ -18,8 +18,10 @@ class DenseMlp(FeatureMixer):
         self.fc2 = nn.Linear(ratio * n, n, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
-    def mix(self, x: Tensor) -> Tensor:
-        """Features first: (n, rows) -> (n, rows)."""
+    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
+        if features_last:
+            return self(x.t())
         x = self.drop(F.gelu(torch.addmm(self.fc1.bias.unsqueeze(1), self.fc1.weight, x)))
         return torch.addmm(self.fc2.bias.unsqueeze(1), self.fc2.weight, x)
 
@@ -50,9 +52,12 @@ class MonarchMlp(FeatureMixer):
         self.fc2 = ButterflyLinear(ratio * n, n, radix, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
-    def mix(self, x: Tensor) -> Tensor:
-        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last."""
-        return self.fc2.mix(self.drop(F.gelu(self.fc1.mix(x))))
+    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
+
+        With `features_last` the result is (rows, n).
+        """
+        return self.fc2.mix(self.drop(F.gelu(self.fc1.mix(x))), features_last)
 
 
 class BlockMlp(nn.Module):
@@ -66,10 +71,12 @@ class BlockMlp(nn.Module):
         self.fc2 = BlockLinear(view.blocks, ratio * radix, radix, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features first -> features first, leading axes as `LevelView.merge` leaves them."""
-        x = self.view.split(x, self.radix)
-        return self.view.merge(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+    def forward(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first -> features first, leading axes as `LevelView.merge` leaves them, or (rows, features)."""
+        x = self.drop(F.gelu(self.fc1(self.view.split(x, self.radix))))
+        if features_last:
+            return self.view.merge_last(self.fc2.forward_last(x))
+        return self.view.merge(self.fc2(x))
 
 
 class ButterflyMlp(FeatureMixer):
@@ -93,9 +100,14 @@ class ButterflyMlp(FeatureMixer):
         views = [LevelView(level, device=device) for level in self.schedule.levels]
         self.levels = nn.Sequential(*[BlockMlp(view, radix, ratio, drop, device, dtype) for view in views])
 
-    def mix(self, x: Tensor) -> Tensor:
-        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last."""
-        return self.levels(x)
+    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
+
+        With `features_last` the result is (rows, n).
+        """
+        for i, level in enumerate(self.levels):
+            x = level(x, features_last and i == len(self.levels) - 1)
+        return x
 
     def extra_repr(self) -> str:
         return repr(self.schedule)

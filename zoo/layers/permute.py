@@ -1,7 +1,9 @@
-"""Fixed permutations of one axis, as a gather whose indices travel with the model."""
+"""Fixed permutations of one axis: gathers whose indices travel with the model, and transposes of its last axis."""
 
 import torch
 from torch import Tensor, nn
+
+from .eager import runs_eagerly
 
 
 class Permute(nn.Module):
@@ -15,6 +17,9 @@ class Permute(nn.Module):
     Raises:
         ValueError: `order` is not a permutation.
     """
+
+    order: Tensor
+    inverse: Tensor
 
     def __init__(self, order: list[int], dim: int, persistent: bool = False, device=None) -> None:
         super().__init__()
@@ -32,6 +37,18 @@ class Permute(nn.Module):
     def undo(self, x: Tensor) -> Tensor:
         """The inverse of `forward`: `undo(forward(x)) == x`."""
         return x.index_select(self.dim, self.inverse)
+
+
+def transpose_last(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Reads the last axis, rows * columns long, as a matrix and transposes it: contiguous, and of the shape of `x`.
+
+    The same as `x.unflatten(-1, [rows, columns]).transpose(-2, -1).flatten(-2)`, which runs outside of eager inference.
+    Torch's channel shuffle does it three times as fast on a CPU, if it finds the axis in place of the channels.
+    """
+    if torch.jit.is_scripting() or not runs_eagerly(x):
+        return x.unflatten(-1, [rows, columns]).transpose(-2, -1).flatten(-2)
+    pixels = x.reshape(1, 1, -1, rows * columns).permute(0, 3, 1, 2)
+    return torch.channel_shuffle(pixels, rows).permute(0, 2, 3, 1).reshape(x.shape)
 
 
 def random_order(n: int, seed: int) -> list[int]:

@@ -1,0 +1,154 @@
+"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--out FOLDER]`.
+
+Writes one JSON file a subject and the plots. `--quick` runs the layers alone, briefly, and writes nothing unless told
+where; `--check` exits with 1 if a ratio falls short.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dimmix import list_models
+from dimmix.checkpoints import cards
+
+from . import layers, models, plots
+from .check import shortfalls
+from .machine import describe
+from .timing import warm_allocator
+
+FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+SPARSE = (
+    "butterfly_resnet20_convmix_w32",
+    "butterfly_resnet20_blockmix_w32",
+    "butterfly_resnet_tiny_32",
+    "vit_butterfly_tiny_patch4_32",
+    "vit_butterfly_tiny_patch2_32",
+    "butterfly_mixer_tiny_32",
+    "patch_only_mixer_tiny_32",
+)
+"""Measured besides the models that have weights."""
+
+TIMM = ("resnet10t", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "ghostnet_050", "lcnet_100", "tinynet_e")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, with the seconds that each pair of timings may take."""
+
+    seconds: float
+    linear: Sequence[int] = (1024, 4096)
+    mlp: Sequence[int] = (256, 1024)
+    rows: Sequence[int] = (512, 2048)
+    attention: Sequence[int] = (1024, 4096, 16384)
+    modes: Sequence[str] = ("float32",)
+    backends: Sequence[str] = ()
+    models: Sequence[str] = ()
+    compiled: Sequence[str] = ()
+    others: Sequence[str] = ()
+    batches: Sequence[int] = (1, 64)
+    equals: bool = False
+    memory: Sequence[int] = field(default=(1024, 4096, 16384))
+
+
+QUICK = Plan(seconds=1)
+
+
+def full_plan() -> Plan:
+    """Everything, the models with weights among it."""
+    bundled = {card.architecture for card in cards().values() if f"{card.architecture}_dense" in list_models()}
+    return Plan(
+        seconds=0.8,
+        linear=(256, 1024, 4096),
+        modes=("float32", "bfloat16", "training"),
+        backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),
+        models=tuple(dict.fromkeys((*SPARSE, *sorted(bundled)))),
+        compiled=tuple(sorted(bundled)) or SPARSE[:1],
+        others=TIMM,
+        equals=True,
+    )
+
+
+def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Records by subject, each subject announced with the time it took."""
+    warm_allocator()
+    jobs: list[tuple[str, Any]] = []
+    for mode in plan.modes:
+        jobs.append(("linear", lambda mode=mode: layers.linear(plan.linear, plan.rows, plan.seconds, mode)))
+        jobs.append(("mlp", lambda mode=mode: layers.mlp(plan.mlp, plan.rows, plan.seconds, mode)))
+    jobs.append(("attention", lambda: layers.attention(plan.attention, plan.seconds)))
+    jobs.append(("memory", lambda: layers.memory(plan.memory)))
+    for backend in plan.backends:
+        batches = plan.batches if backend not in ("bfloat16", "training") else plan.batches[-1:]
+        jobs.append(("twins", lambda b=backend, n=batches: models.twins(plan.models, b, n, plan.seconds)))
+    if plan.compiled:
+        jobs.append(("twins", lambda: models.twins(plan.compiled, "compiled", plan.batches, plan.seconds)))
+    if plan.equals:
+        jobs.append(("equals", lambda: models.equals(plan.batches, plan.seconds)))
+    if plan.others:
+        jobs.append(("front", lambda: models.front((*plan.models, *plan.others), plan.batches[-1], 5 * plan.seconds)))
+    results: dict[str, list[dict[str, Any]]] = {}
+    for subject, job in jobs:
+        start = time.monotonic()
+        results.setdefault(subject, []).extend(job())
+        print(f"{subject}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return results
+
+
+def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """One JSON file a subject, with the machine, and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    for subject, records in results.items():
+        temporary = folder / f".{subject}.json"
+        temporary.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+        os.replace(temporary, folder / f"{subject}.json")
+    plots.draw_attention(results["attention"], folder / "attention.png")
+    plots.draw_linear(results["linear"], folder / "linear.png")
+    if "front" in results:
+        plots.draw_models(results["front"], folder / "models.png")
+
+
+def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> int:
+    """The exit code: 1 where `--check` finds a ratio that falls short."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Sparse layers and models beside dense.")
+    parser.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
+    parser.add_argument("--check", action="store_true", help="exit with 1 and name the ratios that fall short")
+    parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    results = run(plan or (QUICK if options.quick else full_plan()))
+    for records in results.values():
+        for record in records:
+            print(_line(record))
+    folder = options.out or (None if options.quick else FOLDER)
+    if folder:
+        write(results, folder)
+    missed = shortfalls(record for records in results.values() for record in records)
+    for line in missed if options.check else ():
+        print(f"falls short: {line}")
+    return 1 if options.check and missed else 0
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record on one line, a timing as its median."""
+    cells = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            value = value["median"]
+        elif isinstance(value, list):
+            value = "/".join(str(item["median"]) for item in value)
+        cells.append(str(value) if key == "work" else f"{key}={value}")
+    return "  ".join(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

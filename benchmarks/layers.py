@@ -1,0 +1,150 @@
+"""The mixing layers against the dense layers that they stand in for."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dimmix.butterfly import ButterflySchedule, square_radix
+from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp
+
+from .timing import compare, speedup, summary
+
+Record = dict[str, Any]
+HEADS, HEAD_DIM = 4, 32
+
+
+def linear(sizes: Iterable[int], rows: Sequence[int], seconds: float, mode: str = "float32") -> list[Record]:
+    """ButterflyLinear of two levels against `nn.Linear`; half of the MAC ratio is to be reached."""
+    return [
+        _pair("ButterflyLinear", ButterflyLinear(n, n, square_radix(n)), nn.Linear(n, n), n, count, seconds, mode)
+        for n in sizes
+        for count in rows
+    ]
+
+
+def mlp(sizes: Iterable[int], rows: Sequence[int], seconds: float, mode: str = "float32") -> list[Record]:
+    """ButterflyMlp of ratio 2 against the dense MLP of ratio 2; half of the MAC ratio is to be reached."""
+    return [
+        _pair("ButterflyMlp", ButterflyMlp(n, square_radix(n), 2), DenseMlp(n, 2), n, count, seconds, mode)
+        for n in sizes
+        for count in rows
+    ]
+
+
+def _pair(name: str, sparse: nn.Module, dense: nn.Module, n: int, rows: int, seconds: float, mode: str) -> Record:
+    saved = _weights(dense) / _weights(sparse)
+    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    sparse, dense, x = sparse.to(dtype), dense.to(dtype), torch.randn(rows, n, dtype=dtype)
+    calls = {"sparse": _call(sparse, x, mode), "dense": _call(dense, x, mode)}
+    times = compare(calls, seconds)
+    return {
+        "work": name,
+        "n": n,
+        "rows": rows,
+        "mode": mode,
+        "sparse_ms": asdict(summary(times["sparse"])),
+        "dense_ms": asdict(summary(times["dense"])),
+        "mac_ratio": round(saved, 2),
+        "faster": speedup(times["dense"], times["sparse"]),
+        "reach": round(saved / 2, 2) if mode == "float32" else None,
+    }
+
+
+def _weights(layer: nn.Module) -> int:
+    """Matrix entries, each multiplied once a row: biases are vectors, or as many rows as there are blocks."""
+    return sum(p.numel() for name, p in layer.named_parameters() if name.endswith("weight"))
+
+
+def _call(layer: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], object]:
+    @torch.no_grad()
+    def infer() -> object:
+        return layer(x)
+
+    def train() -> object:
+        layer.zero_grad()
+        return layer(x).sum().backward()
+
+    return train if mode == "training" else infer
+
+
+def attention(sizes: Iterable[int], seconds: float) -> list[Record]:
+    """Attention inside groups of sqrt(N), every level, against all N tokens: q, k, v -> result, no projections.
+
+    0.4 of N / radix is to be reached at N = 1024 and 0.6 above, and no level may take 1.3 times the cheapest.
+    """
+    return [_levels(tokens, seconds) for tokens in sizes]
+
+
+@torch.no_grad()
+def _levels(tokens: int, seconds: float) -> Record:
+    dim = HEADS * HEAD_DIM
+    schedule = ButterflySchedule(tokens, square_radix(tokens))
+    qkv = torch.randn(3, tokens, dim)
+    q, k, v = qkv.view(3, 1, tokens, HEADS, HEAD_DIM).transpose(2, 3).unbind(0)
+    calls: dict[str, Callable[[], object]] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
+    for i, level in enumerate(schedule.levels):
+        layer = ButterflyAttention(dim, level, HEADS)
+        calls[f"level {i}"] = lambda layer=layer: layer.attend(qkv)
+    times = compare(calls, seconds)
+    levels = [times[name] for name in calls if name != "full"]
+    medians = [summary(level) for level in levels]
+    cheapest = min(timing.median for timing in medians)
+    ratio = tokens / schedule.radix
+    return {
+        "work": "ButterflyAttention",
+        "n": tokens,
+        "radix": schedule.radix,
+        "full_ms": asdict(summary(times["full"])),
+        "level_ms": [asdict(timing) for timing in medians],
+        "faster": min(speedup(times["full"], level) for level in levels),
+        "reach": (0.4 if tokens <= 1024 else 0.6) * ratio,
+        "aim": 0.8 * ratio,
+        "dearest_to_cheapest": round(max(timing.median for timing in medians) / cheapest, 3),
+    }
+
+
+def memory(sizes: Iterable[int]) -> list[Record]:
+    """Peak memory of a ButterflyAttention layer above its input and output, in copies of q, k and v; each in a process.
+
+    Below 1.5 copies is to be reached.
+    """
+    records = []
+    for tokens in sizes:
+        code = f"from benchmarks.layers import print_peak; print_peak({tokens})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        copy = 3 * tokens * HEADS * HEAD_DIM * 4
+        records.append(
+            {
+                "work": "ButterflyAttention memory",
+                "n": tokens,
+                "peak_bytes": int(done.stdout),
+                "copies_of_qkv": round(int(done.stdout) / copy, 3),
+                "below": 1.5,
+            }
+        )
+    return records
+
+
+@torch.no_grad()
+def print_peak(tokens: int) -> None:
+    """Prints the bytes that torch held at once during one call, less those of the output."""
+    from torch.profiler import ProfilerActivity, profile
+
+    dim = HEADS * HEAD_DIM
+    level = ButterflySchedule(tokens, square_radix(tokens)).levels[-1]
+    layer, x = ButterflyAttention(dim, level, HEADS).eval(), torch.randn(1, tokens, dim)
+    layer(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = layer(x)
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    print(peak - y.nbytes)

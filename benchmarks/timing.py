@@ -1,0 +1,60 @@
+"""Paired timings: every contender runs once a round, so that a slow moment of the machine slows them all."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a call: the median of `rounds`, with the quartiles as its spread."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def warm_allocator() -> None:
+    """Frees a large block once: from then on glibc keeps what is freed instead of returning it to the system.
+
+    A process that has loaded a model is in this state; without it what comes first pays for the page faults.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
+
+
+def compare(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round, for about `seconds` in all and at least `least` rounds."""
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+    return times
+
+
+def summary(times: list[float]) -> Timing:
+    """Median and quartiles of at least two times."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return Timing(_short(median), _short(low), _short(high), len(times))
+
+
+def speedup(slow: list[float], fast: list[float]) -> float:
+    """How many times faster: the median of the ratio in each round."""
+    return _short(statistics.median(s / f for s, f in zip(slow, fast, strict=True)))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

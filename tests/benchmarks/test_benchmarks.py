@@ -1,0 +1,87 @@
+"""A smoke run at tiny sizes: what is written and what the check says, never how long anything took."""
+
+import json
+
+import pytest
+
+from benchmarks.__main__ import Plan, main
+from benchmarks.check import shortfalls
+from benchmarks.timing import compare, speedup, summary
+
+TINY = Plan(
+    seconds=0,
+    linear=(16,),
+    mlp=(16,),
+    rows=(4,),
+    attention=(16,),
+    memory=(16,),
+    modes=("float32", "bfloat16", "training"),
+    backends=("fused", "training"),
+    models=("butterfly_mixer_nano_32",),
+    others=("test_resnet",),
+    batches=(1,),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    assert main(["--out", str(folder)], TINY) == 0
+    return folder
+
+
+def _records(folder, subject):
+    return json.loads((folder / f"{subject}.json").read_text())["records"]
+
+
+def test_writes_a_file_a_subject_with_the_machine_and_the_plots(folder):
+    written = {path.name for path in folder.iterdir()}
+    subjects = {"linear", "mlp", "attention", "memory", "twins", "front"}
+    assert written == {f"{s}.json" for s in subjects} | {"linear.png", "attention.png", "models.png"}
+    machine = json.loads((folder / "linear.json").read_text())["machine"]
+    assert machine["cores"] >= 1
+    assert "torch" in machine["versions"]
+
+
+def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
+    record = _records(folder, "linear")[0]
+    assert (record["n"], record["rows"], record["mac_ratio"], record["reach"]) == (16, 4, 2.0, 1.0)
+    assert record["sparse_ms"]["low"] <= record["sparse_ms"]["median"] <= record["sparse_ms"]["high"]
+
+
+def test_attention_times_every_level_and_its_memory_is_counted_in_copies(folder):
+    assert len(_records(folder, "attention")[0]["level_ms"]) == 2
+    record = _records(folder, "memory")[0]
+    assert record["peak_bytes"] >= 3 * 16 * 128 * 4  # q, k and v themselves
+
+
+def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
+    record = _records(folder, "twins")[0]
+    assert record["against"] == "butterfly_mixer_nano_32_dense"
+    assert record["mac_ratio"] > 1
+    assert record["reach"] == 1.0
+
+
+def test_check_names_what_falls_short():
+    lines = shortfalls(
+        [
+            {"work": "layer", "n": 8, "faster": 3.0, "reach": 4.0},
+            {"work": "layer", "n": 16, "faster": 5.0, "reach": 4.0},
+            {"work": "attention", "n": 4, "faster": 2.0, "reach": 1.0, "dearest_to_cheapest": 1.5},
+            {"work": "memory", "n": 4, "copies_of_qkv": 1.6, "below": 1.5},
+        ]
+    )
+    assert [line.split(":")[0] for line in lines] == ["layer 8", "attention 4", "memory 4"]
+    assert lines[0] == "layer 8: 3 times as fast, to reach 4"
+
+
+def test_speedup_is_the_median_of_the_ratios_of_each_round():
+    assert speedup([10.0, 90.0, 20.0], [5.0, 30.0, 20.0]) == 2.0
+    assert summary([3.0, 1.0, 2.0]).median == 2.0
+
+
+def test_compare_runs_every_contender_in_every_round():
+    order = []
+    times = compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
+    assert order == ["a", "a", "b", "b", "a", "b", "a", "b", "a", "b"]
+    assert [len(times[name]) for name in "ab"] == [3, 3]
