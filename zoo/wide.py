@@ -225,7 +225,7 @@ def _linears(mlp: nn.Sequential) -> list[tuple[nn.Module, bool]]:
 def _in_vec_order(shuffle: Shuffle, tokens: int) -> Tensor:
     """The gather on vec(X) that a Shuffle, which permutes X row after row, is."""
     channels = shuffle.channels
-    order = cast(Tensor, shuffle.permute.order).cpu()
+    order = shuffle.permute.order.cpu()
     return commutation(tokens, channels)[order[commutation(channels, tokens)]]
 
 
