@@ -12,6 +12,7 @@ from torch import nn
 
 from dimmix.butterfly import ButterflySchedule, square_radix
 from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp
+from dimmix.profile import peak_bytes
 
 from .timing import compare, speedup, summary
 
@@ -134,17 +135,8 @@ def memory(sizes: Iterable[int]) -> list[Record]:
 @torch.no_grad()
 def print_peak(tokens: int) -> None:
     """Prints the bytes that torch held at once during one call, less those of the output."""
-    from torch.profiler import ProfilerActivity, profile
-
     dim = HEADS * HEAD_DIM
     level = ButterflySchedule(tokens, square_radix(tokens)).levels[-1]
     layer, x = ButterflyAttention(dim, level, HEADS).eval(), torch.randn(1, tokens, dim)
     layer(x)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        y = layer(x)
-    held = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    print(peak - y.nbytes)
+    print(peak_bytes(lambda: layer(x)) - x.nbytes)

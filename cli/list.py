@@ -23,6 +23,9 @@ def list_models(
     architectures: Annotated[
         bool, typer.Option("--architectures", help="Every architecture, with weights or without.")
     ] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Ask the Hub: what is bundled, cached and published, and does it agree.")
+    ] = False,
     format: FormatOption = Format.auto,
     output: OutputOption = None,
     quiet: QuietOption = False,
@@ -35,7 +38,9 @@ def list_models(
       dimmix list --dataset cifar10 --sort=-top1
       dimmix list "vit*" --architectures
     """
-    records = _architectures(pattern) if architectures else _checkpoints(pattern)
+    if remote and (architectures or dataset or max_params is not None):
+        raise DimmixError("--remote compares checkpoints by name: it goes with PATTERN and --family only", exit_code=2)
+    records = _remote(pattern) if remote else _architectures(pattern) if architectures else _checkpoints(pattern)
     column = sort.removeprefix("-")
     chosen = [
         record
@@ -58,6 +63,15 @@ def _family(architecture: str) -> str:
     from dimmix import FAMILIES
 
     return next((family for family in FAMILIES if architecture.startswith(family)), "")
+
+
+def _remote(pattern: str) -> list[Record]:
+    import fnmatch
+
+    from dimmix.checkpoints import status
+
+    found = [record for record in status() if fnmatch.fnmatch(str(record["name"]), pattern)]
+    return [record | {"family": _family(str(record["name"]))} for record in found]
 
 
 def _checkpoints(pattern: str) -> list[Record]:

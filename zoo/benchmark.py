@@ -1,6 +1,5 @@
 """Latency, throughput and memory of models side by side on this machine."""
 
-import re
 import statistics
 import tempfile
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from .errors import DimmixError
-from .profile import count_macs
+from .profile import count_macs, peak_bytes
 from .runtime import OnnxRuntime, describe_model
 
 BACKENDS = ("eager", "compiled", "onnxruntime")
@@ -23,8 +22,8 @@ BACKENDS = ("eager", "compiled", "onnxruntime")
 class Timing:
     """Milliseconds a batch: the median over the rounds, and the quarter and three-quarter points.
 
-    `peak_mib` is the most memory that was in use while it ran, beyond what was before: of the GPU on one, else of this
-    process, or None where the system does not tell.
+    `peak_mib` is the most memory that tensors took at once while it ran, beyond what they took before; None for
+    onnxruntime, whose memory torch does not see.
     """
 
     model: str
@@ -56,7 +55,7 @@ def benchmark(
             batch = torch.randn(batch_size, *spec.preprocess.input_size)
             for backend in backends:
                 call = _prepare(model.to(device), backend, batch.to(device), spec, Path(folder))
-                peak = _peak_mib(call, device)
+                peak = _peak_mib(call, backend, device)
                 runs.append((name, backend, macs, peak, call, []))
         for _ in range(rounds):
             for *_, call, times in runs:
@@ -111,21 +110,12 @@ def _time(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+def _peak_mib(call: Callable[[], object], backend: str, device: torch.device) -> float | None:
+    if backend == "onnxruntime":
+        return None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = _status_kib("VmRSS")
-        call()
-        return max(0, _status_kib("VmHWM") - before) / 2**10
-    except OSError:
-        return None
-
-
-def _status_kib(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    return peak_bytes(call) / 2**20 if device.type == "cpu" else None

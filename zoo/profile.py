@@ -1,4 +1,7 @@
-"""What a model costs: multiply-accumulates of one forward pass."""
+"""What a model costs: multiply-accumulates and memory of one forward pass."""
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,3 +30,22 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, i
     counts = {name: sum(operators.values()) // 2 for name, operators in counter.get_flop_counts().items()}
     inner = {name.removeprefix(f"{root}."): macs for name, macs in counts.items() if name.startswith(f"{root}.")}
     return {"": counter.get_total_flops() // 2} | inner
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of CPU tensors that existed at once during `call`, beyond those there were before.
+
+    Counted by torch's allocator, so the same every time; what another library allocates is not seen.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler greets on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak

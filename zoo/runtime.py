@@ -163,15 +163,14 @@ def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[tor
         return _load_checkpoint(name, Path(checkpoint))
     import timm
 
-    from .checkpoints import cards, find
+    from .checkpoints import cards
+    from .pretrained import create_model
 
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         raise _unknown_model(name)
-    if ":" in name:
-        find(name)  # timm would fall back to a pickle
     try:
-        model: Any = timm.create_model(name, pretrained=True).eval()
+        model: Any = create_model(name).eval()
     except DimmixError:
         raise
     except Exception as error:  # timm, the Hub's client and safetensors each raise their own

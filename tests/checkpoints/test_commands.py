@@ -13,6 +13,7 @@ from toy_checkpoint import make_card, weights
 from dimmix.checkpoints import Card, CheckpointError, status
 from dimmix.errors import DimmixError
 from dimmix_cli.download import download
+from dimmix_cli.list import list_models
 from dimmix_cli.publish import publish
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -116,6 +117,15 @@ def test_status_compares_bundled_cached_and_remote(hub, bundle):
         {"name": "toy_net.c", "bundled": False, "cached": False, "remote": "absent"},
         {"name": "toy_net.d", "bundled": False, "cached": False, "remote": "new"},
     ]
+
+
+def test_list_remote_shows_the_status_of_what_matches(hub, bundle, capsys):
+    bundle(weights(1), tag="a")
+    bundle(weights(2), tag="b")
+    hub.publish("dimmix/toy_net.a", {"model.safetensors": weights(1)})
+    list_models("*.a", remote=True)
+    (record,) = records(capsys)
+    assert (record["name"], record["bundled"], record["remote"]) == ("toy_net.a", True, "same")
 
 
 def test_status_without_a_hub_is_one_line(hub, bundle):

@@ -289,3 +289,45 @@ def test_attention_levels_reach_every_token_and_one_fewer_does_not():
 
     assert reach(levels)
     assert not reach(levels[:-1])
+
+
+def _channel_reach(model, channels):
+    """(out, in): whether any position of an output channel depends on any position of an input channel."""
+    x = torch.randn(1, channels, 4, 4, requires_grad=True)
+    out = model(x)
+    rows = [torch.autograd.grad(out[:, i].sum(), x, retain_graph=True)[0].abs().sum((0, 2, 3)) for i in range(channels)]
+    return torch.stack(rows) != 0
+
+
+@pytest.mark.parametrize(("channels", "radix"), [(32, 8), (64, 8), (24, 6)])
+def test_conv_mix_reaches_every_channel_with_its_second_convolution_and_not_before(channels, radix):
+    level = ButterflySchedule(channels, radix).levels[-1]
+    first = nn.Conv2d(channels, channels, 3, padding=1, groups=radix)  # groups of channels / radix, as in the paper
+    second = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // radix)
+    assert _channel_reach(nn.Sequential(first, gather_groups(level), second), channels).all()
+    assert not _channel_reach(nn.Sequential(first, gather_groups(level)), channels).all()
+    assert not _channel_reach(nn.Sequential(first, second), channels).all()
+
+
+@pytest.mark.parametrize(("channels", "radix"), [(16, 4), (32, 4), (12, 2)])
+def test_block_mix_reaches_every_channel_after_its_last_level_and_not_before(channels, radix):
+    blocks = [
+        nn.Sequential(
+            gather_groups(level),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels // radix),
+            scatter_groups(level),
+        )
+        for level in ButterflySchedule(channels, radix).levels
+    ]
+    assert _channel_reach(nn.Sequential(*blocks), channels).all()
+    assert not _channel_reach(nn.Sequential(*blocks[:-1]), channels).all()
+
+
+@pytest.mark.parametrize(("channels", "radix"), [(32, 4), (12, 2)])
+def test_conv_mixing_is_the_convolution_of_each_block_alone(channels, radix):
+    x = torch.randn(2, channels, 5, 5)
+    for level in ButterflySchedule(channels, radix).levels:
+        conv = nn.Conv2d(channels, channels, 3, padding=1, groups=level.blocks, bias=False)
+        mixed = scatter_groups(level)(conv(gather_groups(level)(x)))
+        for weight, dims in zip(conv.weight.unflatten(0, [level.blocks, radix]), level.members(), strict=True):
+            _close(mixed[:, dims], torch.nn.functional.conv2d(x[:, dims], weight, padding=1))

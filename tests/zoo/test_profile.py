@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dimmix.layers import BlockLinear
-from dimmix.profile import count_macs
+from dimmix.profile import count_macs, peak_bytes
 
 
 def test_macs_of_convolutions_and_products() -> None:
@@ -35,3 +35,9 @@ def test_macs_of_attention_are_counted_and_the_mode_is_kept() -> None:
     attention = 2 * 2 * 64 * 64 * 64
     assert count_macs(model, (3, 32, 32)) == projections + attention + 64 * 48 * 64 + 64 * 10
     assert model.training
+
+
+def test_peak_bytes_counts_what_exists_at_once() -> None:
+    x = torch.randn(100, 100)
+    assert peak_bytes(lambda: x @ x + x @ x) == 3 * x.nbytes  # two products and their sum
+    assert peak_bytes(lambda: (x @ x).sum()) == x.nbytes + 4
