@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -17,14 +15,6 @@ class Timing:
     low: float
     high: float
     rounds: int
-
-
-def warm_allocator() -> None:
-    """Frees a large block once: from then on glibc keeps what is freed instead of returning it to the system.
-
-    A process that has loaded a model is in this state; without it what comes first pays for the page faults.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
 
 
 def compare(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, list[float]]:

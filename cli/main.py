@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dimmix import __version__
+from dimmix.allocator import keep_freed_memory
 from dimmix.errors import DimmixError
 
 from .sink import note
@@ -60,6 +61,9 @@ def _options(
 def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("quiet") or not sys.stderr.isatty():
+            # The Hub's libraries draw bars of their own, and read this when they are imported.
+            os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -90,6 +94,7 @@ def main() -> None:
     """The console script: usage errors exit with 2, failed inputs with 1, Ctrl-C with 130."""
     if os.environ.get("DIMMIX_DEBUG") != "1":
         warnings.simplefilter("ignore")
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

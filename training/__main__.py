@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dimmix.allocator import keep_freed_memory
 from dimmix.errors import DimmixError
 
 
@@ -69,6 +70,7 @@ def train(
 
 def main() -> None:
     """What `python -m` and torchrun start."""
+    keep_freed_memory()
     try:
         typer.run(train)
     except DimmixError as error:

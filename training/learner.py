@@ -47,34 +47,53 @@ class Learner:
     def lr(self) -> float:
         return self.optimizers[0].param_groups[0]["lr"]
 
-    def update(self, x: Tensor, target: Tensor, step: int) -> Tensor:
-        """One step on images x (B, 3, H, W) and labels (B,) or probabilities (B, classes); the loss, a scalar."""
+    def update(self, x: Tensor, target: Tensor, step: int, taught: Tensor | None = None) -> Tensor:
+        """One step on images x (B, 3, H, W) and labels (B,) or probabilities (B, classes); the loss, a scalar.
+
+        `taught`, logits (B, classes), are the teacher's, for a recipe with one.
+        """
         for scheduler in self.schedulers:
             scheduler.step_update(step)
-        with self.autocast():
-            logits = self.forward(x)
-        loss = self._loss(logits.float(), x, target)
-        loss.backward()
+        loss = self._backward(x, target, taught)
         if self.recipe.optimizer.clip_grad:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.ema.update(self.model, step=step + 1)
-        return loss.detach()
+        return loss
 
-    def _loss(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def teach(self, x: Tensor) -> Tensor:
+        """The teacher's logits of x."""
+        assert self.teacher is not None
+        with self.autocast():
+            return self.teacher(x).float()
+
+    def _backward(self, x: Tensor, target: Tensor, taught: Tensor | None) -> Tensor:
+        """Gradients of the mean loss over the batch, in parts of `micro_batch` images that a CPU's cache can hold."""
+        size = self.recipe.train.micro_batch or len(x)
+        total = torch.zeros((), device=x.device)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            with self.autocast():
+                logits = self.forward(x[part])
+            loss = self._loss(logits.float(), target[part], None if taught is None else taught[part])
+            loss = loss * (len(logits) / len(x))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss(self, logits: Tensor, target: Tensor, taught: Tensor | None) -> Tensor:
         loss = F.cross_entropy(logits, target, label_smoothing=self.recipe.loss.label_smoothing)
-        distillation = self.recipe.teacher
-        if self.teacher is None or distillation is None:
+        teacher = self.recipe.teacher
+        if teacher is None or taught is None:
             return loss
-        with torch.inference_mode(), self.autocast():
-            taught = self.teacher(x)
-        t = distillation.temperature
+        t = teacher.temperature
         divergence = F.kl_div(
-            F.log_softmax(logits / t, 1), F.log_softmax(taught.float() / t, 1), reduction="batchmean", log_target=True
+            F.log_softmax(logits / t, 1), F.log_softmax(taught / t, 1), reduction="batchmean", log_target=True
         )
-        return (1 - distillation.alpha) * loss + distillation.alpha * t * t * divergence
+        return (1 - teacher.alpha) * loss + teacher.alpha * t * t * divergence
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

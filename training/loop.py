@@ -18,6 +18,7 @@ from dimmix.errors import DimmixError
 from .augment import Batches
 from .data import Images, load_images
 from .learner import Learner, predict
+from .lessons import Lessons, lessons_folder
 from .processes import Processes, join_processes
 from .recipe import Recipe, parse_recipe
 from .report import Reporter, measure, trim_log, write_checkpoint
@@ -94,6 +95,7 @@ class Run:
         self.batches = Batches(training, recipe.augment, data.mean, data.std, processes.device)
         self.held_out = Batches(held_out, recipe.augment, data.mean, data.std, processes.device)
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
+        self.lessons = self._lessons()
         self.position = self._resume()
         self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet=processes.rank > 0)
 
@@ -101,19 +103,22 @@ class Run:
         """Steps to the end of the recipe (True), or until the user or the clock stops it (False)."""
         position, learner, size = self.position, self.learner, self.recipe.train.batch_size
         strong_epochs = self.recipe.schedule.epochs - self.recipe.augment.plain_epochs
-        order = self._order(position.step // self.steps_per_epoch)
+        order = self._order(position.step // self.steps_per_epoch % self.views)
         started = time.monotonic()
         learner.model.train()
         with _stop_signals() as signals:
             while position.step < self.steps:
                 begun = time.monotonic()
                 epoch, at = divmod(position.step, self.steps_per_epoch)
+                view = epoch % self.views
                 if at == 0:
-                    order = self._order(epoch)
+                    order = self._order(view)
                 rows = order[at * size : (at + 1) * size][self.processes.rank :: self.processes.count]
-                self._seed(position.step)
-                x, target = self.batches.augmented(rows.to(learner.device), strong=epoch < strong_epochs)
-                loss = learner.update(x, target, position.step).item()
+                self._seed(view * self.steps_per_epoch + at)
+                strong = epoch < strong_epochs
+                x, target = self.batches.augmented(rows.to(learner.device), strong)
+                taught = self.lessons.logits(f"{view}" + "-plain" * (not strong), at, x) if self.lessons else None
+                loss = learner.update(x, target, position.step, taught).item()
                 late = time.monotonic() - started > 60 * self.options.max_minutes
                 loss, stop = self.processes.agree(loss, late or bool(signals))
                 if not math.isfinite(loss):
@@ -177,6 +182,20 @@ class Run:
         """The rows of an epoch in the order that they are visited."""
         generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.batches), generator=generator)
+
+    @property
+    def views(self) -> int:
+        """After so many epochs their batches come again, with the same augmentation."""
+        teacher = self.recipe.teacher
+        return teacher.views if teacher and teacher.views else self.recipe.schedule.epochs
+
+    def _lessons(self) -> Lessons | None:
+        recipe = self.recipe
+        if not recipe.teacher:
+            return None
+        cache = self.options.cache if recipe.teacher.views else None
+        folder = lessons_folder(cache, recipe, self.options.split, self.processes) if cache else None
+        return Lessons(self.learner.teach, self.steps_per_epoch, folder)
 
     def _seed(self, step: int) -> None:
         """Make every draw a function of (seed, step, rank), so that a resumed run repeats none and skips none."""

@@ -74,11 +74,13 @@ class Teacher:
     args: dict[str, Any] = field(default_factory=dict)
     alpha: float = 0.5  # share of the distillation term
     temperature: float = 2.0
+    views: int = 0  # augmentations of each image, used in turn, whose logits are kept; 0: a new one every epoch
 
 
 @dataclass(frozen=True)
 class Train:
     batch_size: int = 128  # over all processes together
+    micro_batch: int = 0  # images a forward and backward pass, whose gradients add up to the batch; 0: all at once
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     channels_last: bool = False

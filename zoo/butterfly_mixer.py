@@ -70,6 +70,7 @@ class ButterflyMixer(Trunk):
         token_radix, channel_radix: block sizes; None for the smallest divisor that is at least the square root.
         token_ratio, channel_ratio: hidden features per feature of the two MLPs.
         conv_stem: embed patches with 3x3 convolutions; else with one linear map.
+        stem_full_res: one more of them ahead of the strided ones.
         final_norm: LayerNorm before the head.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
@@ -92,6 +93,7 @@ class ButterflyMixer(Trunk):
         token_ratio: int = 2,
         channel_ratio: int = 2,
         conv_stem: bool = True,
+        stem_full_res: bool = False,
         final_norm: bool = True,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -106,7 +108,7 @@ class ButterflyMixer(Trunk):
         super().__init__()
         if mixing not in ("butterfly", "monarch", "dense"):
             raise ValueError(f"mixing={mixing!r} is not one of 'butterfly', 'monarch', 'dense'")
-        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, **dd)
+        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, stem_full_res, **dd)
         tokens = self.stem.grid[0] * self.stem.grid[1]
         token_radix = token_radix or square_radix(tokens)
         channel_radix = channel_radix or square_radix(embed_dim)

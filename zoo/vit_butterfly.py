@@ -69,6 +69,7 @@ class ButterflyVit(Trunk):
         pre_norm: norm before the mixers and one at the end; else after each residual, as in the paper.
         pos_embed: learn a position embedding.
         conv_stem: embed patches with 3x3 convolutions; else with one linear map.
+        stem_full_res: one more of them ahead of the strided ones.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
@@ -95,6 +96,7 @@ class ButterflyVit(Trunk):
         pre_norm: bool = True,
         pos_embed: bool = True,
         conv_stem: bool = True,
+        stem_full_res: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -111,7 +113,7 @@ class ButterflyVit(Trunk):
         if token_order not in ("raster", "random"):
             raise ValueError(f"token_order={token_order!r} is not one of 'raster', 'random'")
         self.mixing, self.radix, self.seed = mixing, radix, seed
-        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, **dd)
+        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, stem_full_res, **dd)
         tokens = self.stem.grid[0] * self.stem.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **dd)) if pos_embed else None
         order = random_order(tokens, seed)

@@ -45,6 +45,18 @@ def test_the_loss_is_smoothed_cross_entropy(build: Callable[..., Learner]) -> No
     assert learner.update(x, labels, 0).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(build: Callable[..., Learner]) -> None:
+    x, labels = batch()
+    weights = []
+    for size in (0, 3):
+        learner = build(f"train.micro_batch={size}", "optimizer.name=sgd")
+        learner.model.eval()  # BatchNorm would see other batches
+        loss = learner.update(x, labels, 1).item()
+        weights.append(torch.cat([p.detach().flatten() for p in learner.model.parameters()]))
+    assert loss == pytest.approx(F.cross_entropy(build().model.eval()(x), labels).item(), rel=1e-5)
+    assert torch.allclose(*weights, atol=1e-6)
+
+
 def test_distillation_mixes_in_the_divergence_from_the_teacher(
     build: Callable[..., Learner], teacher: tuple[Any, tuple[str, ...]]
 ) -> None:
@@ -54,7 +66,7 @@ def test_distillation_mixes_in_the_divergence_from_the_teacher(
     taught = (model(x) / 3).softmax(1)
     divergence = (taught * (taught.log() - (logits / 3).log_softmax(1))).sum(1).mean()
     expected = 0.3 * F.cross_entropy(logits, labels) + 0.7 * 9 * divergence
-    assert learner.update(x, labels, 0).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert learner.update(x, labels, 0, learner.teach(x)).item() == pytest.approx(expected.item(), rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), learner.teacher.parameters(), strict=True))  # type: ignore[union-attr]
 
 

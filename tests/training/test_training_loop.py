@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_data import RECIPE
 
 from dimmix.errors import DimmixError
@@ -190,3 +190,40 @@ def test_two_processes_train_as_one(train_toy: Train, runs: Path, toy: Path, rec
     assert two[1]["position"]["loss"] == one[1]["position"]["loss"] == 0
     for key, value in one[0].items():
         torch.testing.assert_close(two[0][key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def teacher_of(folder: Path) -> tuple[str, ...]:
+    torch.manual_seed(1)
+    save_file(toy_model().state_dict(), folder / "teacher.safetensors")
+    model = tomllib.loads(RECIPE)["model"]
+    args = tuple(f"teacher.args.{key}={value}" for key, value in model["args"].items())
+    return (f"teacher.name={model['name']}", f"teacher.weights={folder / 'teacher.safetensors'}", *args)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_teacher_is_asked_once_for_each_view(
+    train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
+    teach, asked = Learner.teach, []
+
+    def counted(self: Learner, x: torch.Tensor) -> torch.Tensor:
+        asked.append(x)
+        return teach(self, x)
+
+    monkeypatch.setattr(Learner, "teach", counted)
+    recipe = (*teacher_of(tmp_path), f"teacher.views={views}", "schedule.epochs=4")
+    first = train_toy(*recipe, name="first", cache=tmp_path / "cache")
+    assert len(asked) == 5 * views  # five steps an epoch
+    again = train_toy(*recipe, "schedule.epochs=4", name="again", cache=tmp_path / "cache")
+    assert len(asked) == 5 * views
+    assert (first.top1, first.nll) == (again.top1, again.nll)
+
+
+def test_kept_logits_that_are_not_whole_are_computed_again(train_toy: Train, tmp_path: Path) -> None:
+    recipe = (*teacher_of(tmp_path), "teacher.views=1")
+    first = train_toy(*recipe, name="first", cache=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").glob("teacher-*/0.npy")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-7])
+    assert train_toy(*recipe, name="again", cache=tmp_path / "cache").nll == first.nll
+    assert kept.read_bytes() == whole

@@ -15,6 +15,7 @@ from dimmix.layers import (
     PatchFold,
     Permute,
     TokenStem,
+    butterfly_attention,
     gather_groups,
     random_order,
     scatter_groups,
@@ -117,7 +118,21 @@ def test_butterfly_attention_is_attention_inside_each_group(n, radix):
         layer = ButterflyAttention(8, level, num_heads=2)
         x = torch.randn(2, n, 8)
         expected = torch.stack([reference.attention(row, level, layer.qkv, layer.proj, 2) for row in x])
-        _close(layer(x), expected)
+        _close(layer(x), expected)  # by products, as it trains
+        with torch.no_grad():
+            _close(layer(x), expected)  # by the fused kernel
+
+
+def test_small_groups_train_by_products_with_the_gradients_of_the_fused_kernel(monkeypatch):
+    layer, x = ButterflyAttention(8, ButterflySchedule(64, 8).levels[1], num_heads=2), torch.randn(2, 64, 8)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    layer(x).pow(2).sum().backward()
+    monkeypatch.undo()
+    products = layer.qkv.weight.grad.clone()
+    layer.zero_grad()
+    monkeypatch.setattr(butterfly_attention, "SMALL_GROUP", 0)
+    layer(x).pow(2).sum().backward()
+    _close(products, layer.qkv.weight.grad)
 
 
 def test_butterfly_attention_without_bias_and_with_heads_that_do_not_divide():
@@ -138,7 +153,9 @@ def test_attention_folds_every_level_without_copying_q_k_v(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     for level in ButterflySchedule(64, 4).levels:
-        ButterflyAttention(8, level, num_heads=2)(torch.randn(2, 64, 8))
+        with torch.no_grad():
+            ButterflyAttention(8, level, num_heads=2)(torch.randn(2, 64, 8))
+    assert len(seen) == 3
     for q, k, v, ndim, last_stride in seen:
         assert q == k == v  # one product made all three, and they are still views of it
         assert (ndim, last_stride) == (4, 1)

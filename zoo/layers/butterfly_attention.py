@@ -5,7 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
+from .eager import trains_on_cpu
 from .permute import Permute
+
+SMALL_GROUP = 64
+"""Up to so many tokens in a group, training on a CPU keeps the scores: the fused kernel takes six times as long there
+in bfloat16, forward and backward together (docs/performance.md), and the scores of such groups are few."""
 
 
 class ButterflyAttention(nn.Module):
@@ -72,7 +77,18 @@ class ButterflyAttention(nn.Module):
     def attend(self, qkv: Tensor) -> Tensor:
         """q, k and v of every token, (3, B * N, C) -> what each token attends to, (B * N, C)."""
         q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
+        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
+            if self.radix <= SMALL_GROUP and trains_on_cpu(qkv):
+                return _attend_by_products(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
 
     def extra_repr(self) -> str:
         return "groups={}, radix={}, stride={}, ".format(*self.level) + f"num_heads={self.num_heads}"
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (..., radix, head_dim) as two batched products with the scores in memory."""
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *shape[-2:]) for x in (q, k, v))
+    scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), v).view(shape)

@@ -23,19 +23,22 @@ class ConvStem(nn.Sequential):
         in_chans: channels of the image.
         width: channels of the result.
         stride: pixels per position of the result, a power of two.
+        full_res: start with one more convolution, of stride 1, so that no pixel is dropped before it was mixed.
 
     Raises:
         ValueError: `stride` is not a power of two.
     """
 
-    def __init__(self, in_chans: int, width: int, stride: int, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, width: int, stride: int, full_res: bool = False, device=None, dtype=None) -> None:
         if stride < 1 or stride & (stride - 1):
             raise ValueError(f"stride={stride} of a convolution stem is not a power of two")
         layers: list[nn.Module] = []
-        steps = max(stride.bit_length() - 1, 1)
-        for left in range(steps - 1, -1, -1):
+        steps = stride.bit_length() - 1
+        strides = [1] * (full_res or not steps) + [2] * steps
+        for i, step in enumerate(strides, start=1):
+            left = len(strides) - i
             chs = max(width >> left, 8) if left else width
-            layers += [ConvNorm(in_chans, chs, 3, min(stride, 2), device=device, dtype=dtype), nn.ReLU()]
+            layers += [ConvNorm(in_chans, chs, 3, step, device=device, dtype=dtype), nn.ReLU()]
             in_chans = chs
         super().__init__(*layers)
 
@@ -49,6 +52,7 @@ class TokenStem(nn.Module):
         img_size: (H, W).
         patch_size: side of a patch in pixels.
         convs: embed with a ConvStem; otherwise with one linear map of the patch's values, as the papers do.
+        full_res: of the ConvStem.
 
     Raises:
         ValueError: `patch_size` does not divide the image.
@@ -61,6 +65,7 @@ class TokenStem(nn.Module):
         img_size: tuple[int, int],
         patch_size: int,
         convs: bool = False,
+        full_res: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -69,7 +74,7 @@ class TokenStem(nn.Module):
         self.patch_size = patch_size
         self.set_input_size(img_size)
         linear = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
-        self.proj = ConvStem(in_chans, dim, patch_size, **dd) if convs else linear
+        self.proj = ConvStem(in_chans, dim, patch_size, full_res, **dd) if convs else linear
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Expect images of another size (H, W). No weight depends on it."""
