@@ -1,7 +1,7 @@
-"""Writes the tables that come from the checkpoint cards: the one in README.md, and MODEL_CARD.md.
+"""Writes what comes from the checkpoint cards: the table in README.md, MODEL_CARD.md, and docs/accuracy_macs.png.
 
 python docs/tables.py            # write
-python docs/tables.py --check    # exit 1 and say which file is out of date
+python docs/tables.py --check    # exit 1 and say which text is out of date
 """
 
 import sys
@@ -74,7 +74,32 @@ def main() -> int:
     for path in stale:
         path.write_text(texts[path], encoding="utf-8")
         print(f"wrote {path.name}")
+    _draw_accuracy(found)
     return 0
+
+
+def _draw_accuracy(found: list[Card]) -> None:
+    """Top-1 against MACs, a panel a data set, with a line from each sparse model to its dense twin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    datasets = sorted({card.dataset for card in found})
+    figure, panels = plt.subplots(
+        1, len(datasets), figsize=(7 * len(datasets), 4.5), layout="constrained", squeeze=False
+    )
+    for dataset, axes in zip(datasets, panels[0], strict=True):
+        chosen = {card.architecture: card for card in found if card.dataset == dataset}
+        for name, card in chosen.items():
+            dense = name.endswith("_dense")
+            axes.plot(card.macs, card.top1, "o" if dense else "s", color="tab:gray" if dense else "tab:blue")
+            axes.annotate(name, (card.macs, card.top1), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            if twin := chosen.get(f"{name}_dense"):
+                axes.plot([card.macs, twin.macs], [card.top1, twin.top1], ":", color="tab:gray", zorder=0)
+        axes.set(xscale="log", xlabel="multiply-accumulates an image", ylabel="top-1, %", title=dataset)
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(ROOT / "docs" / "accuracy_macs.png", dpi=120)
 
 
 def _table(found: list[Card], short: bool = False) -> str:

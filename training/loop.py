@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimmix.checkpoints import Card
 from dimmix.errors import DimmixError
@@ -21,10 +21,11 @@ from .learner import Learner, predict
 from .lessons import Lessons, lessons_folder
 from .processes import Processes, join_processes
 from .recipe import Recipe, parse_recipe
-from .report import Reporter, measure, trim_log, write_checkpoint
+from .report import Reporter, measure, rounded_to_half, trim_log, write_checkpoint
 from .state import read_state, write_state
 
 STATE, LOG = "state.safetensors", "log.jsonl"
+HALF_MAY_COST = 0.02
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class Run:
         return True
 
     def finish(self) -> Card:
-        """Evaluate on the held-out images and write the checkpoint; a run that has done so is not evaluated again."""
+        """Evaluate on the held-out images and write the checkpoint; a run that has done so is not evaluated again.
+
+        The weights are stored as float16 if their top-1 is then the same to `HALF_MAY_COST` points.
+        """
         path = self.options.folder / f"{self.recipe.model.name}.{self.recipe.tag}.json"
         if path.exists():
             self.reporter.say(f"finished before; --restart trains anew. {path}")
@@ -151,7 +155,13 @@ class Run:
             "train_minutes": round(self.position.seconds / 60, 2),
             "images_per_second": round(self.images_per_second, 1),
         }
-        return write_checkpoint(path, self.learner.best, self.recipe, self.held_out.names, self._evaluate() | facts)
+        model, dtype = self.learner.best, torch.float32
+        measured = self._evaluate(model)
+        rounded = rounded_to_half(model)
+        measured_rounded = self._evaluate(rounded)
+        if abs(measured_rounded["top1"] - measured["top1"]) < HALF_MAY_COST:
+            model, dtype, measured = rounded, torch.float16, measured_rounded
+        return write_checkpoint(path, model, self.recipe, self.held_out.names, dtype, measured | facts)
 
     @property
     def images_per_second(self) -> float:
@@ -168,15 +178,15 @@ class Run:
             }
             if self.options.split == "val":
                 with self.learner.autocast():
-                    measured = self._evaluate()
+                    measured = self._evaluate(self.learner.best)
                 record |= {key: measured[key] for key in ("top1", "nll")}
                 self.learner.model.train()
             self.reporter.record(record)
         self.position.loss = 0.0
         self._save()
 
-    def _evaluate(self) -> dict[str, Any]:
-        return measure(*predict(self.learner.best, self.held_out), self.held_out.names)
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        return measure(*predict(model, self.held_out), self.held_out.names)
 
     def _order(self, epoch: int) -> Tensor:
         """The rows of an epoch in the order that they are visited."""

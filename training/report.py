@@ -1,5 +1,6 @@
 """What a run says: progress on stderr, a JSONL log, and at the end the checkpoint with its card."""
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -82,11 +83,21 @@ def measure(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> dict[str,
     }
 
 
+def rounded_to_half(model: nn.Module) -> nn.Module:
+    """A copy whose numbers are what float16 keeps of them."""
+    rounded = copy.deepcopy(model)
+    for tensor in rounded.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half())
+    return rounded
+
+
 def write_checkpoint(
-    path: Path, model: nn.Module, recipe: Recipe, labels: tuple[str, ...], facts: dict[str, Any]
+    path: Path, model: nn.Module, recipe: Recipe, labels: tuple[str, ...], dtype: torch.dtype, facts: dict[str, Any]
 ) -> Card:
-    """Write the card to `path` and the weights beside it; `facts` are the card's measured fields."""
-    weights = save({key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()})
+    """Write the card to `path` and the weights, as `dtype`, beside it; `facts` are the card's measured fields."""
+    state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    weights = save({key: t.detach().cpu().contiguous() for key, t in state.items()})
     size = (3, recipe.data.image_size, recipe.data.image_size)
     card = Card(
         architecture=recipe.model.name,
@@ -94,7 +105,7 @@ def write_checkpoint(
         file=f"{path.stem}.safetensors",
         sha256=hashlib.sha256(weights).hexdigest(),
         size=len(weights),
-        dtype="float32",
+        dtype=str(dtype).removeprefix("torch."),
         params=sum(p.numel() for p in model.parameters()),
         macs=count_macs(model, size),
         input_size=size,

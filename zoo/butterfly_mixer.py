@@ -162,8 +162,8 @@ _PAPER = {
     "final_norm": False,
     "global_pool": "flatten",
 }
-_NANO = {"patch_size": 4, "embed_dim": 144, "depth": 6}
-_TINY = {"patch_size": 4, "embed_dim": 256, "depth": 8}
+_NANO = {"patch_size": 4, "embed_dim": 192, "depth": 6, "stem_full_res": True}
+_TINY = {"patch_size": 4, "embed_dim": 256, "depth": 8, "stem_full_res": True}
 _SMALL = {"patch_size": 4, "embed_dim": 400, "depth": 10}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(

@@ -191,7 +191,7 @@ _TINY = {"width": 64, "radix": (16, 16, 16), "first_radix": (16, 16, 16)}
 # Half the resolution from the stem on and twice the width: most work in wide groups on small maps, which is where a CPU
 # is quickest and a ResNet learns most a second.
 _FAST = {
-    "depths": (2, 2, 2),
+    "depths": (2, 3, 2),
     "width": 64,
     "radix": (32, 32, 32),
     "first_radix": (32, 32, 32),

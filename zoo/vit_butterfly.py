@@ -214,8 +214,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ButterflyVit) -> 
 
 
 _PAPER = {"pre_norm": False, "pos_embed": False, "conv_stem": False, "global_pool": "flatten", "num_heads": 8}
-_NANO = {"embed_dim": 96, "depth": 6, "num_heads": 3}
-_TINY = {"embed_dim": 128, "depth": 8, "num_heads": 4}
+_NANO = {"embed_dim": 96, "depth": 6, "num_heads": 3, "stem_full_res": True}
+_TINY = {"embed_dim": 128, "depth": 8, "num_heads": 4, "stem_full_res": True}
 _SMALL = {"embed_dim": 192, "depth": 12, "num_heads": 6}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(

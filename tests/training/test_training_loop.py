@@ -79,7 +79,10 @@ def test_the_checkpoint_is_the_ema_and_reaches_what_the_card_says(train_toy: Tra
     model = toy_model().eval()
     model.load_state_dict(load_file(runs / "run" / "butterfly_resnet_nano_32.toy.safetensors"))
     ema = read_state(runs / "run" / loop.STATE)[0]
-    assert all(torch.equal(value, ema[f"ema.{key}"]) for key, value in model.state_dict().items())
+    assert card.dtype == "float16"
+    for key, value in model.state_dict().items():
+        kept = ema[f"ema.{key}"]
+        assert torch.equal(value, kept.half().float() if kept.is_floating_point() else kept)
     images = load_images(toy, Data("toy", image_size=16), None)
     x = torch.from_numpy(images.pixels).permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(card.mean).view(3, 1, 1)) / torch.tensor(card.std).view(3, 1, 1)
@@ -90,6 +93,16 @@ def test_the_checkpoint_is_the_ema_and_reaches_what_the_card_says(train_toy: Tra
     assert (card.split, card.images, card.dataset, card.labels) == ("test", 12, "toy", ("dark", "light", "red"))
     assert (card.params, card.input_size) == (sum(p.numel() for p in model.parameters()), (3, 16, 16))
     assert (card.recipe, card.teacher, card.top5) == ("recipes/toy_resnet.toy.toml", None, 100)
+
+
+def test_weights_that_float16_would_change_for_the_worse_stay_float32(
+    train_toy: Train, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "rounded_to_half", lambda model: torch.nn.Sequential(model, torch.nn.Softmin(1)))
+    assert train_toy("schedule.epochs=8").dtype == "float32"
+    weights = load_file(runs / "run" / "butterfly_resnet_nano_32.toy.safetensors")
+    ema = read_state(runs / "run" / loop.STATE)[0]
+    assert all(torch.equal(value, ema[f"ema.{key}"]) for key, value in weights.items())
 
 
 def test_a_finished_run_is_not_evaluated_again(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 ) -> None:
     update = Learner.update
 
-    def broken(self: Learner, x: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
+    def broken(self: Learner, x: torch.Tensor, target: torch.Tensor, step: int, taught: None) -> torch.Tensor:
         return update(self, x * float("nan") if step == 7 else x, target, step)
 
     monkeypatch.setattr(Learner, "update", broken)
