@@ -10,7 +10,9 @@ def shortfalls(records: Iterable[dict[str, Any]]) -> list[str]:
     """One line for each record that misses its mark."""
     lines = []
     for record in records:
-        name = " ".join(str(record[key]) for key in ("work", "n", "rows", "backend", "batch") if key in record)
+        name = " ".join(
+            str(record[key]) for key in ("work", "n", "rows", "layout", "backend", "batch") if key in record
+        )
         name += f" against {record['against']}" if "against" in record else ""
         if record.get("reach") is not None and record["faster"] < record["reach"]:
             lines.append(f"{name}: {record['faster']:.3g} times as fast, to reach {record['reach']:.3g}")

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dimmix.butterfly import ButterflySchedule, square_radix
-from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp
+from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp, FeatureMixer
 from dimmix.profile import peak_bytes
 
 from .timing import compare, speedup, summary
@@ -23,38 +23,50 @@ HEADS, HEAD_DIM = 4, 32
 def linear(sizes: Iterable[int], rows: Sequence[int], seconds: float, mode: str = "float32") -> list[Record]:
     """ButterflyLinear of two levels against `nn.Linear`; half of the MAC ratio is to be reached."""
     return [
-        _pair("ButterflyLinear", ButterflyLinear(n, n, square_radix(n)), nn.Linear(n, n), n, count, seconds, mode)
+        record
         for n in sizes
         for count in rows
+        for record in _pair(ButterflyLinear(n, n, square_radix(n)), nn.Linear(n, n), n, count, seconds, mode)
     ]
 
 
 def mlp(sizes: Iterable[int], rows: Sequence[int], seconds: float, mode: str = "float32") -> list[Record]:
     """ButterflyMlp of ratio 2 against the dense MLP of ratio 2; half of the MAC ratio is to be reached."""
     return [
-        _pair("ButterflyMlp", ButterflyMlp(n, square_radix(n), 2), DenseMlp(n, 2), n, count, seconds, mode)
+        record
         for n in sizes
         for count in rows
+        for record in _pair(ButterflyMlp(n, square_radix(n), 2), DenseMlp(n, 2), n, count, seconds, mode)
     ]
 
 
-def _pair(name: str, sparse: nn.Module, dense: nn.Module, n: int, rows: int, seconds: float, mode: str) -> Record:
+def _pair(sparse: FeatureMixer, dense: nn.Module, n: int, rows: int, seconds: float, mode: str) -> Iterator[Record]:
+    """The sparse layer in both layouts against the dense one on (rows, n), which is how that is fastest.
+
+    "features last" takes and gives (rows, n), as the dense layer does; "features first" takes and gives (n, rows), as
+    the models have it from level to level and from layer to layer.
+    """
     saved = _weights(dense) / _weights(sparse)
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
     sparse, dense, x = sparse.to(dtype), dense.to(dtype), torch.randn(rows, n, dtype=dtype)
-    calls = {"sparse": _call(sparse, x, mode), "dense": _call(dense, x, mode)}
-    times = compare(calls, seconds)
-    return {
-        "work": name,
-        "n": n,
-        "rows": rows,
-        "mode": mode,
-        "sparse_ms": asdict(summary(times["sparse"])),
-        "dense_ms": asdict(summary(times["dense"])),
-        "mac_ratio": round(saved, 2),
-        "faster": speedup(times["dense"], times["sparse"]),
-        "reach": round(saved / 2, 2) if mode == "float32" else None,
+    layouts = {
+        "features last": _call(sparse, sparse, x, mode),
+        "features first": _call(sparse.mix, sparse, x.t().contiguous(), mode),
     }
+    times = compare({"dense": _call(dense, dense, x, mode), **layouts}, seconds)
+    for layout in layouts:
+        yield {
+            "work": type(sparse).__name__,
+            "n": n,
+            "rows": rows,
+            "layout": layout,
+            "mode": mode,
+            "sparse_ms": asdict(summary(times[layout])),
+            "dense_ms": asdict(summary(times["dense"])),
+            "mac_ratio": round(saved, 2),
+            "faster": speedup(times["dense"], times[layout]),
+            "reach": round(saved / 2, 2) if mode == "float32" else None,
+        }
 
 
 def _weights(layer: nn.Module) -> int:
@@ -62,14 +74,17 @@ def _weights(layer: nn.Module) -> int:
     return sum(p.numel() for name, p in layer.named_parameters() if name.endswith("weight"))
 
 
-def _call(layer: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], object]:
+def _call(
+    function: Callable[[torch.Tensor], torch.Tensor], layer: nn.Module, x: torch.Tensor, mode: str
+) -> Callable[[], object]:
+    weights = tuple(layer.parameters())
+
     @torch.no_grad()
     def infer() -> object:
-        return layer(x)
+        return function(x)
 
     def train() -> object:
-        layer.zero_grad()
-        return layer(x).sum().backward()
+        return torch.autograd.grad(function(x).sum(), weights)
 
     return train if mode == "training" else infer
 

@@ -27,10 +27,12 @@ def draw_linear(records: Sequence[Record], path: Path) -> None:
     figure, axes = _axes("features n", "ms", "Linear layers")
     for rows in sorted({r["rows"] for r in records}):
         chosen = [r for r in records if r["rows"] == rows and r["mode"] == "float32"]
-        for key, style in (("dense", "o-"), ("sparse", "s--")):
-            times = [r[f"{key}_ms"]["median"] for r in chosen]
-            label = {"dense": "nn.Linear", "sparse": "ButterflyLinear"}[key]
-            axes.plot([r["n"] for r in chosen], times, style, label=f"{label}, {rows} rows")
+        for layout, style in (("features last", "s--"), ("features first", "^:")):
+            lines = [r for r in chosen if r["layout"] == layout]
+            times = [r["sparse_ms"]["median"] for r in lines]
+            axes.plot([r["n"] for r in lines], times, style, label=f"ButterflyLinear, {layout}, {rows} rows")
+        dense = [r["dense_ms"]["median"] for r in lines]
+        axes.plot([r["n"] for r in lines], dense, "o-", label=f"nn.Linear, {rows} rows")
     _save(figure, axes, path)
 
 

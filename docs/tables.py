@@ -4,6 +4,7 @@ python docs/tables.py            # write
 python docs/tables.py --check    # exit 1 and say which text is out of date
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from dimmix.checkpoints import Card, cards
 
 ROOT = Path(__file__).parent.parent
+SEEDS = ROOT / "docs" / "seeds"
 BEGIN, END = "<!-- models: written by docs/tables.py -->", "<!-- /models -->"
 
 MODEL_CARD = """---
@@ -29,7 +31,9 @@ alike. Architectures: Dimension Mixer ([arXiv:2311.18735](https://arxiv.org/abs/
 
 Top-1, top-5 and per-class accuracy are percentages of the held-out test images, looked at once, after the last epoch,
 with the averaged (EMA) weights and no test-time augmentation. NLL is in nats; ECE, in percent, has 15 bins. MACs are
-multiply-accumulates for one image. `dimmix eval DATA --model NAME --check` repeats a row.
+multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1 where the training was repeated
+with other seeds (their cards are in docs/seeds); the row itself is of one. `dimmix eval DATA --model NAME --check`
+repeats a row.
 
 ## Intended use
 
@@ -111,6 +115,7 @@ def _table(found: list[Card], short: bool = False) -> str:
         "ECE %": lambda card: f"{100 * card.ece:.2f}",
         "params": lambda card: f"{card.params:,}",
         "MMACs": lambda card: f"{card.macs / 1e6:.1f}",
+        "seeds": _seeds,
         "trained": lambda card: f"{card.epochs} epochs, {card.train_minutes:.0f} min",
     }
     if short:
@@ -119,6 +124,16 @@ def _table(found: list[Card], short: bool = False) -> str:
     best_first = sorted(found, key=lambda card: (card.dataset, -card.top1))
     rows += [[value(card) for value in columns.values()] for card in best_first]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _seeds(card: Card) -> str:
+    """Mean and standard deviation of top-1 over the card's seed and those in docs/seeds, which are cards too."""
+    others = [Card.read(path) for path in sorted(SEEDS.glob(f"{card.name}.seed*.json"))]
+    if not others:
+        return ""
+    assert {(other.recipe, other.epochs) for other in others} == {(card.recipe, card.epochs)}
+    reached = [card.top1, *(other.top1 for other in others)]
+    return f"{statistics.mean(reached):.2f} ± {statistics.stdev(reached):.2f} ({len(reached)})"
 
 
 def _model_card(found: list[Card]) -> str:

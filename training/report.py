@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dimmix.checkpoints.card import Card, write_atomically
+from dimmix.checkpoints import Card
 from dimmix.datasets import Sample
 from dimmix.evaluation import Evaluation
+from dimmix.files import write_atomically
 from dimmix.profile import count_macs
 
 from .recipe import Recipe

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dimmix.checkpoints.card import write_atomically
 from dimmix.errors import DimmixError
+from dimmix.files import write_atomically
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def open_image(source: Any, mode: str = "RGB") -> Image.Image:
 
 
 def sample_images() -> list[Image.Image]:
-    """Ten photographs of 32 x 32 pixels, one of each class of CIFAR-10 in the order of its labels."""
+    """Ten photographs of 32 x 32 pixels: parts of examples/cat.jpg, the whole of it first."""
     with Image.open(Path(__file__).with_name("samples.png")) as strip:
         return [strip.crop((left, 0, left + 32, 32)) for left in range(0, strip.width, 32)]
 

@@ -18,7 +18,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from .data_cfg import base_cfg
-from .layers import ConvNorm, DenseMlp, PatchFold
+from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -28,24 +28,35 @@ from .trunk import Trunk, drop_path_rates
 class ImageStem(nn.Module):
     """Brings the image to `channels` channels and to the grid that both patch sizes divide.
 
-    With a `stride` a convolution of that stride with BatchNorm makes the channels; with None the image's own channels
-    are kept, and a 1x1 convolution adapts an image that has another number of them.
+    With a `stride` a convolution of that stride with BatchNorm makes the channels, after one of stride 1 with `width`
+    channels, BatchNorm and ReLU if there is a `width`; with None the image's own channels are kept, and a 1x1
+    convolution adapts an image that has another number of them.
     """
 
     def __init__(
-        self, in_chans: int, channels: int, grid: tuple[int, int], stride: int | None, device=None, dtype=None
+        self,
+        in_chans: int,
+        channels: int,
+        grid: tuple[int, int],
+        stride: int | None,
+        width: int | None = None,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.grid = [grid[0], grid[1]]
         keep = stride is None and in_chans != channels
         self.adapt = nn.Conv2d(in_chans, channels, 1, bias=False, **dd) if keep else None
-        self.lift = ConvNorm(in_chans, channels, max(3, stride | 1), stride, **dd) if stride else None
+        self.first = ConvStem(in_chans, width, 1, **dd) if width else None
+        self.lift = ConvNorm(width or in_chans, channels, max(3, stride | 1), stride, **dd) if stride else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, channels, *grid)."""
         if self.adapt is not None:
             x = self.adapt(x)
+        if self.first is not None:
+            x = self.first(x)
         if self.lift is not None:
             x = self.lift(x)
         return F.interpolate(x, size=self.grid, mode="bilinear", align_corners=True)
@@ -88,6 +99,7 @@ class PatchOnlyMixer(Trunk):
         mlp_ratio: hidden features per patch value.
         mixing: "butterfly" for patches alone, "dense" for the twin that also mixes across patches.
         stem_stride: make the channels with a convolution of this stride; None to keep the image's own.
+        stem_width: channels of one more convolution ahead of that one; None for none.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
         drop_path_rate: stochastic depth of the last round, growing linearly from 0.
 
@@ -105,6 +117,7 @@ class PatchOnlyMixer(Trunk):
         mlp_ratio: int = 2,
         mixing: str = "butterfly",
         stem_stride: int | None = 1,
+        stem_width: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "flatten",
@@ -121,7 +134,7 @@ class PatchOnlyMixer(Trunk):
         grid = (grid_size, grid_size)
         height, width = to_2tuple(img_size)
         self.img_size = [height, width]
-        self.stem = ImageStem(in_chans, channels, grid, stem_stride, **dd)
+        self.stem = ImageStem(in_chans, channels, grid, stem_stride, stem_width, **dd)
         rates = drop_path_rates(drop_path_rate, depth)
         across = mixing == "dense"
         self.blocks = nn.Sequential(
@@ -170,7 +183,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PatchOnlyMixer) -
 
 
 _PAPER = {"grid_size": 35, "patch_sizes": (5, 7), "channels": 3, "stem_stride": None}
-_TINY = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 4, "depth": 6}
+_TINY = {"grid_size": 15, "patch_sizes": (3, 5), "channels": 8, "depth": 5, "stem_stride": 2, "stem_width": 32}
 _SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
@@ -187,7 +200,8 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
 
 
 def _cfg(args: dict[str, Any]) -> dict[str, Any]:
-    first_conv = "stem.lift.conv" if args.get("stem_stride", 1) else ()
+    lift = "stem.first.0.conv" if args.get("stem_width") else "stem.lift.conv"
+    first_conv = lift if args.get("stem_stride", 1) else ()
     return base_cfg(args.get("img_size", 32), first_conv=first_conv, fixed_input_size=True)
 
 
