@@ -29,9 +29,12 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 SPARSE = (
     "butterfly_resnet20_convmix_w32",
     "butterfly_resnet20_blockmix_w32",
+    "butterfly_resnet_fast_32",
+    "butterfly_resnet_fast_blockmix_32",
     "butterfly_resnet_tiny_32",
     "vit_butterfly_tiny_patch4_32",
     "vit_butterfly_tiny_patch2_32",
+    "butterfly_mixer_nano_32",
     "butterfly_mixer_tiny_32",
     "patch_only_mixer_tiny_32",
 )
@@ -64,7 +67,8 @@ QUICK = Plan(seconds=1)
 
 def full_plan() -> Plan:
     """Everything, the models with weights among it."""
-    bundled = {card.architecture for card in cards().values() if f"{card.architecture}_dense" in list_models()}
+    trained = {card.architecture for card in cards().values() if card.dataset == "cifar10"}
+    bundled = {name for name in trained if f"{name}_dense" in list_models()}
     return Plan(
         seconds=0.8,
         linear=(256, 1024, 4096),
@@ -72,7 +76,7 @@ def full_plan() -> Plan:
         backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),
         models=tuple(dict.fromkeys((*SPARSE, *sorted(bundled)))),
         compiled=tuple(sorted(bundled)) or SPARSE[:1],
-        others=TIMM,
+        others=(*sorted(trained - bundled), *TIMM),
         equals=True,
     )
 

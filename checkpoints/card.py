@@ -8,11 +8,12 @@ import functools
 import json
 import os
 import re
-import tempfile
 import types
 import typing
 from pathlib import Path
 from typing import Any, Self
+
+from dimmix.files import write_atomically
 
 from .errors import CheckpointError
 
@@ -167,17 +168,3 @@ def cards() -> dict[str, Card]:
 def _read_folder(folder: Path) -> dict[str, Card]:
     found = [Card.read(path) for path in folder.glob("*.json")]
     return {card.name: card for card in sorted(found, key=lambda card: (card.architecture, card.tag))}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, so that `path` is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            Path(file.name).chmod(0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

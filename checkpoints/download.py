@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .card import write_atomically
+from dimmix.files import write_atomically
+
 from .errors import CheckpointError
 from .hub import fetch_config
 from .lookup import find, find_card, split_hub_name
@@ -15,7 +16,7 @@ def download(name: str, folder: Path | None = None) -> Path:
     `config.json`, and is copied as a folder that `local-dir:` loads.
 
     Raises:
-        CheckpointError: it cannot be had, or another file stands where a copy should go.
+        DimmixError: it cannot be had, or a copy cannot be written, or would replace another file.
     """
     weights = find(name)
     repository, revision = split_hub_name(name)

@@ -1,12 +1,16 @@
 """`dimmix benchmark`: models side by side on this machine."""
 
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import Device, DeviceOption, Format, FormatOption, OutputOption
-from .sink import Sink
+from dimmix.errors import DimmixError
+
+from .options import Device, DeviceOption, Format, FormatOption, OutputOption, QuietOption
+from .progress import ProgressBar
+from .sink import Sink, note
 
 
 class Backend(StrEnum):
@@ -27,6 +31,7 @@ def benchmark(
     device: DeviceOption = Device.auto,
     format: FormatOption = Format.auto,
     output: OutputOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure latency, throughput, MACs and peak memory; the models take turns, so that they meet the same machine.
 
@@ -37,10 +42,20 @@ def benchmark(
     """
     from dataclasses import asdict
 
-    from dimmix.benchmark import benchmark as run
+    from dimmix.benchmark import benchmark as measure
     from dimmix.runtime import resolve_device
 
-    timings = run(models, backend or list(Backend), batch_size=batch_size, rounds=rounds, device=resolve_device(device))
+    def track(label: str, items: Sequence[Any]) -> Iterable[Any]:
+        return ProgressBar(label, len(items), quiet=quiet).track(items)
+
+    backends, on = backend or list(Backend), resolve_device(device)
+    failed = False
     with Sink(format, output) as sink:
-        for timing in timings:
-            sink.write(asdict(timing))
+        for timing in measure(models, backends, batch_size=batch_size, rounds=rounds, device=on, track=track):
+            if isinstance(timing, DimmixError):
+                failed = True
+                note(str(timing))
+            else:
+                sink.write(asdict(timing))
+    if failed:
+        raise typer.Exit(1)

@@ -34,19 +34,15 @@ def download(
     """
     if bool(names) == all:
         raise DimmixError("name the checkpoints, or ask for --all of them", exit_code=2)
-    from dimmix.checkpoints import CheckpointError, cards
+    from dimmix.checkpoints import cards
     from dimmix.checkpoints.download import download as fetch
 
-    if quiet:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
     failed = 0
     with Sink(format, output) as sink:
         for name in names or cards():
             try:
                 path = fetch(name, to)
-            except CheckpointError as error:
+            except DimmixError as error:
                 failed += 1
                 note(str(error))
             else:

@@ -9,22 +9,7 @@ import typer
 
 from dimmix.errors import DimmixError
 
-from .options import (
-    AmpOption,
-    BatchSizeOption,
-    CheckpointOption,
-    Device,
-    DeviceOption,
-    Format,
-    FormatOption,
-    ImageColumnOption,
-    LabelColumnOption,
-    ModelOption,
-    OutputOption,
-    QuietOption,
-    SplitOption,
-    WorkersOption,
-)
+from .options import Format, ImageColumnOption, LabelColumnOption, Run, SplitOption, with_run_options
 from .progress import ProgressBar
 from .sink import Sink, note
 
@@ -36,6 +21,7 @@ CHECK_TOLERANCE = 0.1
 """Points of top-1 that the measurement may differ from the card."""
 
 
+@with_run_options
 def evaluate(
     data: Annotated[
         str,
@@ -44,8 +30,8 @@ def evaluate(
             help="A folder of class folders, a .parquet file or folder of them, hf://org/dataset, a CIFAR archive.",
         ),
     ],
-    model: ModelOption = None,
-    checkpoint: CheckpointOption = None,
+    *,
+    run: Run,
     split: SplitOption = None,
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
@@ -58,13 +44,6 @@ def evaluate(
     check: Annotated[
         bool, typer.Option("--check", help=f"Fail if top-1 is more than {CHECK_TOLERANCE} points off the model's card.")
     ] = False,
-    batch_size: BatchSizeOption = 64,
-    workers: WorkersOption = None,
-    amp: AmpOption = False,
-    device: DeviceOption = Device.auto,
-    format: FormatOption = Format.auto,
-    output: OutputOption = None,
-    quiet: QuietOption = False,
 ) -> None:
     """Measure a model on labelled images: top-1, top-5, NLL, ECE, each class, and speed.
 
@@ -76,28 +55,33 @@ def evaluate(
       dimmix eval test.parquet --format json
       dimmix eval photos/ --predictions answers.csv --report report/
     """
-    from dimmix.classifier import Classifier
     from dimmix.datasets import open_dataset
-    from dimmix.evaluation import evaluate as run
+    from dimmix.evaluation import evaluate as measure
 
     dataset = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
-    classifier = Classifier(model, device, checkpoint, amp=amp)
+    classifier = run.classifier()
     if check and not classifier.runtime.spec.card:
         raise DimmixError(f"--check: {classifier.name} has no card to check against", exit_code=2)
-    progress = ProgressBar("images", quiet=quiet)
-    progress.total = dataset.length
+    progress = ProgressBar("images", dataset.length, quiet=run.quiet)
     with ExitStack() as stack:
         write = _answer_writer(stack, predictions, classifier)
-        result = run(classifier, dataset, batch_size=batch_size, workers=workers, on_answer=write, track=progress.track)
+        result = measure(
+            classifier,
+            dataset,
+            batch_size=run.batch_size,
+            workers=run.workers,
+            on_answer=write,
+            track=progress.track,
+        )
     for error in result.errors:
         note(str(error))
-    with Sink(format, output, single=True, title=f"{result.model} on {result.data}") as sink:
+    with Sink(run.format, run.output, single=True, title=f"{result.model} on {result.data}") as sink:
         classes = {f"accuracy of {name}": accuracy for name, accuracy in result.per_class_accuracy.items()}
         sink.write(result.record() | (classes if sink.format is Format.table else {}))
     if report is not None:
         from dimmix.report import write_report
 
-        note(f"wrote {write_report(result, report)}", quiet)
+        note(f"wrote {write_report(result, report)}", run.quiet)
     if check:
         _check(result, classifier)
     if result.errors:

@@ -17,6 +17,7 @@ from .options import (
     QuietOption,
     SplitOption,
 )
+from .progress import ProgressBar
 from .sink import Record, Sink, note
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def export(
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     atol: Annotated[
-        float | None, typer.Option("--atol", min=0, help="Largest difference of a logit. Default: 1e-4; int8: 2.")
+        float | None,
+        typer.Option("--atol", min=0, help="Largest difference of a logit or feature. Default: 1e-4; int8: 2."),
     ] = None,
     format: FormatOption = Format.auto,
     quiet: QuietOption = False,
@@ -63,7 +65,7 @@ def export(
     """Write a model to a file with its preprocessing, labels and card, and compare it with the original.
 
     What differs by more than --atol is not kept, and the exit code is 1. `dimmix predict` and `dimmix eval` run the
-    file: --model FILE.
+    file: --model FILE. ONNX and torch.export files give `logits` and the pooled `features` by name.
 
     \b
     Examples:
@@ -86,21 +88,22 @@ def export(
         raise DimmixError(f"--output {path}: a file of --to {to} ends in {SUFFIXES[to]}", exit_code=2)
     dataset = None
     if data is not None:
-        dataset = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
-        dataset = sample_dataset(dataset, MEASURED_IMAGES)
+        found = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
+        dataset = sample_dataset(found, MEASURED_IMAGES, ProgressBar("images read", found.length, quiet=quiet).track)
     tolerance = atol if atol is not None else 2.0 if int8 else 1e-4
     record: Record = {"model": model, "to": str(to)}
     if int8 and dataset is not None:
-        record |= _export_int8(network, spec, path, dataset, tolerance)
+        record |= _export_int8(network, spec, path, dataset, tolerance, quiet)
     else:
-        written = export_model(network, spec, to, path, _some_images(spec, dataset), atol=tolerance)
+        with ProgressBar("exported", 1, quiet=quiet).shown():
+            written = export_model(network, spec, to, path, _some_images(spec, dataset), atol=tolerance)
         record |= {"file": str(path), "bytes": written.size, "max_difference": written.difference, "atol": tolerance}
     with Sink(format, single=True) as sink:
         sink.write(record)
     note(f"wrote {path}", quiet)
 
 
-def _export_int8(network: Any, spec: "Spec", path: Path, dataset: "LabelledImages", atol: float) -> Record:
+def _export_int8(network: Any, spec: "Spec", path: Path, dataset: "LabelledImages", atol: float, quiet: bool) -> Record:
     import torch
 
     from dimmix.export import export_model, split_dataset, top1
@@ -110,17 +113,21 @@ def _export_int8(network: Any, spec: "Spec", path: Path, dataset: "LabelledImage
     batches = [_some_images(spec, calibration, start) for start in range(0, len(list(calibration)), 16)]
     if not batches:
         raise DimmixError(f"--data {dataset.name}: too few images to calibrate on", exit_code=2)
-    before = top1(TorchRuntime(network, spec, torch.device("cpu")), rest)
-    written = export_model(network, spec, "onnx", path, _some_images(spec, rest), atol=atol, calibration=batches)
-    after = top1(load_runtime(str(path)), rest)
+    images, sample = len(list(rest)), _some_images(spec, rest)
+    before = ProgressBar("images, before", images, quiet=quiet).track
+    top1_before = top1(TorchRuntime(network, spec, torch.device("cpu")), rest, before)
+    bar = ProgressBar("calibration batches", len(batches), quiet=quiet)
+    with bar.shown():
+        written = export_model(network, spec, "onnx", path, sample, atol=atol, calibration=bar.count(batches))
+    top1_after = top1(load_runtime(str(path)), rest, ProgressBar("images, after", images, quiet=quiet).track)
     return {
         "file": str(path),
         "bytes": written.size,
         "max_difference": written.difference,
         "atol": atol,
-        "images": len(list(rest)),
-        "top1_before": before,
-        "top1_after": after,
+        "images": images,
+        "top1_before": top1_before,
+        "top1_after": top1_after,
     }
 
 

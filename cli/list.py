@@ -7,6 +7,7 @@ import typer
 from dimmix.errors import DimmixError
 
 from .options import Format, FormatOption, OutputOption, QuietOption
+from .progress import ProgressBar
 from .sink import Record, Sink, note
 
 
@@ -40,7 +41,7 @@ def list_models(
     """
     if remote and (architectures or dataset or max_params is not None):
         raise DimmixError("--remote compares checkpoints by name: it goes with PATTERN and --family only", exit_code=2)
-    records = _remote(pattern) if remote else _architectures(pattern) if architectures else _checkpoints(pattern)
+    records = _remote(pattern) if remote else _architectures(pattern, quiet) if architectures else _checkpoints(pattern)
     column = sort.removeprefix("-")
     chosen = [
         record
@@ -96,15 +97,16 @@ def _checkpoints(pattern: str) -> list[Record]:
     ]
 
 
-def _architectures(pattern: str) -> list[Record]:
+def _architectures(pattern: str, quiet: bool) -> list[Record]:
     import timm
     import torch
 
     import dimmix
 
     with_weights = {name.partition(".")[0] for name in dimmix.list_models(pretrained=True)}
+    names = dimmix.list_models(pattern)
     records = []
-    for name in dimmix.list_models(pattern):
+    for name in ProgressBar("architectures", len(names), quiet=quiet).track(names):
         with torch.device("meta"):
             model = timm.create_model(name)
         params = sum(parameter.numel() for parameter in model.parameters())

@@ -66,23 +66,29 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            note("interrupted")
+        except KeyboardInterrupt as error:
+            _say("interrupted", error)
             raise typer.Exit(130) from None
         except DimmixError as error:
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
-            note(str(error))
+            _say(str(error), error)
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:
             raise
         except OSError as error:  # a full disk, a folder that may not be written to
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
-            note(f"{error.filename or 'output'}: {error.strerror}")
+            _say(f"{error.filename or 'output'}: {error.strerror or error}", error)
             raise typer.Exit(1) from None
 
     return run
+
+
+def _say(message: str, error: BaseException) -> None:
+    """One line, and one for each note that the exception got on its way."""
+    for line in (message, *getattr(error, "__notes__", ())):
+        note(line)
 
 
 for module_name, function_name in COMMANDS.items():

@@ -1,10 +1,17 @@
 """The options that several commands share, each written once."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dimmix.classifier import Classifier
 
 
 class Format(StrEnum):
@@ -51,3 +58,43 @@ AmpOption = Annotated[bool, typer.Option("--amp", help="Run the model in bfloat1
 SplitOption = Annotated[str | None, typer.Option("--split", help="The split to use. Default: the held-out one.")]
 ImageColumnOption = Annotated[str | None, typer.Option("--image-column", help="Default: the first with images.")]
 LabelColumnOption = Annotated[str | None, typer.Option("--label-column", help="Default: the first with classes.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The options of a command that runs a classifier over many images."""
+
+    model: ModelOption = None
+    checkpoint: CheckpointOption = None
+    batch_size: BatchSizeOption = 64
+    workers: WorkersOption = None
+    amp: AmpOption = False
+    device: DeviceOption = Device.auto
+    format: FormatOption = Format.auto
+    output: OutputOption = None
+    quiet: QuietOption = False
+
+    def classifier(self) -> "Classifier":
+        """What the options name."""
+        from dimmix.classifier import Classifier
+
+        return Classifier(self.model, self.device, self.checkpoint, amp=self.amp)
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Stands the options of `Run` in the place of the command's parameter `run`, which they then make."""
+    fields = dataclasses.fields(Run)
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields
+    ]
+    parameters = list(inspect.signature(command).parameters.values())
+    at = [parameter.name for parameter in parameters].index("run")
+    parameters[at : at + 1] = shared
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        command(run=Run(**{f.name: options.pop(f.name) for f in fields}), **options)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call

@@ -1,7 +1,8 @@
 """`dimmix predict`: the likeliest classes of each image, or its embedding."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,19 +10,7 @@ import typer
 
 from dimmix.errors import DimmixError
 
-from .options import (
-    AmpOption,
-    BatchSizeOption,
-    CheckpointOption,
-    Device,
-    DeviceOption,
-    Format,
-    FormatOption,
-    ModelOption,
-    OutputOption,
-    QuietOption,
-    WorkersOption,
-)
+from .options import Run, with_run_options
 from .progress import ProgressBar
 from .sink import Record, Sink, note
 
@@ -32,6 +21,7 @@ if TYPE_CHECKING:
     from dimmix.images import ImageError
 
 
+@with_run_options
 def predict(
     sources: Annotated[
         list[str],
@@ -40,8 +30,8 @@ def predict(
             help="Image files, folders (with those below), globs, @list.txt, or - for one image on stdin.",
         ),
     ],
-    model: ModelOption = None,
-    checkpoint: CheckpointOption = None,
+    *,
+    run: Run,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for each image.")] = 5,
     threshold: Annotated[
         float, typer.Option("--threshold", min=0, max=1, help="Leave out classes with less than this probability.")
@@ -52,13 +42,6 @@ def predict(
     embeddings: Annotated[
         Path | None, typer.Option("--embeddings", help="Write pooled features to this .npy or .parquet file instead.")
     ] = None,
-    batch_size: BatchSizeOption = 64,
-    workers: WorkersOption = None,
-    amp: AmpOption = False,
-    device: DeviceOption = Device.auto,
-    format: FormatOption = Format.auto,
-    output: OutputOption = None,
-    quiet: QuietOption = False,
 ) -> None:
     """Name what is on images.
 
@@ -71,24 +54,28 @@ def predict(
       dimmix predict "photos/**/*.png" --threshold 0.5
       cat photo.png | dimmix predict - --format json
     """
-    from dimmix.classifier import Classifier
-
-    classifier = Classifier(model, device, checkpoint, amp=amp)
+    classifier = run.classifier()
     if labels is not None:
         classifier.labels = _read_labels(labels, len(classifier.labels))
-    progress = ProgressBar("images", quiet=quiet)
+    progress = ProgressBar("images", quiet=run.quiet)
     if progress.enabled:
         import threading
 
         threading.Thread(target=_count, args=(sources, progress), daemon=True).start()
     images = _images(sources)
-    if embeddings is not None:
-        records = _embed(classifier.stream_embeddings(images, batch_size=batch_size, workers=workers), embeddings)
-    else:
-        records = _classify(classifier.stream(images, topk, batch_size=batch_size, workers=workers), threshold)
+    options: dict[str, Any] = {"batch_size": run.batch_size, "workers": run.workers}
     failed = 0
-    with Sink(format, output, flatten=_rows, paused=progress.paused) as sink:
-        for record in progress.track(records):
+    with ExitStack() as stack:
+        if embeddings is not None:
+            from dimmix.embeddings import embedding_writer
+
+            write = stack.enter_context(embedding_writer(embeddings))
+            records = _embed(classifier.stream_embeddings(images, **options), write)
+        else:
+            records = _classify(classifier.stream(images, topk, **options), threshold)
+        sink = stack.enter_context(Sink(run.format, run.output, flatten=_rows, paused=progress.paused))
+        stack.enter_context(progress.shown())
+        for record in progress.count(records):
             sink.write(record)
             if record["error"] is not None:
                 failed += 1
@@ -106,20 +93,20 @@ def _classify(results: "Iterable[Result]", threshold: float) -> Iterator[Record]
         yield {"source": result.source, "predictions": predictions, "error": result.error}
 
 
-def _embed(results: "Iterable[tuple[str, np.ndarray | ImageError]]", path: Path) -> Iterator[Record]:
+def _embed(
+    results: "Iterable[tuple[str, np.ndarray | ImageError]]", write: "Callable[[str, np.ndarray], None]"
+) -> Iterator[Record]:
     """Writes the embeddings, and yields which row of the file is whose."""
-    from dimmix.embeddings import embedding_writer
     from dimmix.images import ImageError
 
     row = 0
-    with embedding_writer(path) as write:
-        for source, embedding in results:
-            if isinstance(embedding, ImageError):
-                yield {"source": source, "row": None, "error": embedding.reason}
-            else:
-                write(source, embedding)
-                yield {"source": source, "row": row, "error": None}
-                row += 1
+    for source, embedding in results:
+        if isinstance(embedding, ImageError):
+            yield {"source": source, "row": None, "error": embedding.reason}
+        else:
+            write(source, embedding)
+            yield {"source": source, "row": row, "error": None}
+            row += 1
 
 
 def _rows(record: Record) -> list[Record]:
@@ -157,8 +144,10 @@ def _count(sources: list[str], progress: ProgressBar) -> None:
 def _read_labels(path: Path, classes: int) -> list[str]:
     try:
         labels = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DimmixError(f"--labels {path}: {error}", exit_code=2) from error
+    except OSError as error:
+        raise DimmixError(f"--labels {path}: {error.strerror}", exit_code=2) from error
+    except UnicodeDecodeError as error:
+        raise DimmixError(f"--labels {path}: not UTF-8 text", exit_code=2) from error
     if len(labels) != classes:
         raise DimmixError(f"--labels {path}: {len(labels)} names for a model of {classes} classes", exit_code=2)
     return labels

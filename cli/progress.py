@@ -1,6 +1,7 @@
 """A progress bar on stderr for what takes longer than two seconds on a real terminal."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,53 +17,77 @@ DELAY = 2.0
 
 
 class ProgressBar:
-    """Counts what is drawn through `track`: count, rate and time left."""
+    """Counts what is drawn through `track`: count, rate and time left. `total` may be set later, when it is known."""
 
-    def __init__(self, label: str, *, quiet: bool = False) -> None:
-        self.label = label
+    def __init__(self, label: str, total: int | None = None, *, quiet: bool = False) -> None:
+        self.label, self.total = label, total
         self.enabled = not quiet and sys.stderr.isatty()
+        self._count, self._ended = 0, False
         self._bar: rich.progress.Progress | None = None
-        self.total: int | None = None
+        self._drawing = threading.Lock()
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, counted; the bar goes when they end. `total`, when known, may be set at any time."""
-        start = time.monotonic()
-        try:
-            for count, item in enumerate(items, start=1):
-                yield item
-                if self.enabled and time.monotonic() - start > DELAY:
-                    self._show(count)
-        finally:
+        """The items, counted under a bar that goes when they end."""
+        with self.shown():
+            yield from self.count(items)
+
+    def count(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each counted when the next one is asked for."""
+        for item in items:
+            yield item
+            self._count += 1
             if self._bar is not None:
-                self._bar.stop()
+                self._bar.update(self._bar.task_ids[0], completed=self._count, total=self.total)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows the bar meanwhile, once it lasts."""
+        if not self.enabled:
+            yield
+            return
+        timer = threading.Timer(DELAY, self._show, [time.monotonic()])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._drawing:
+                self._ended = True
+                if self._bar is not None:
+                    self._bar.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Takes the bar off the terminal while something else is printed there."""
-        if self._bar is None:
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.stop()
             yield
-            return
-        self._bar.stop()
-        yield
-        self._bar.start()
+            if self._bar is not None:
+                self._bar.start()
 
-    def _show(self, count: int) -> None:
-        if self._bar is None:
-            self._bar = _new_bar()
-            self._bar.add_task(self.label, total=self.total)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=count, total=self.total)
+    def _show(self, start: float) -> None:
+        bar = _new_bar(start)
+        with self._drawing:
+            if not self._ended:
+                bar.add_task(self.label, total=self.total, completed=self._count)
+                bar.start()
+                self._bar = bar
 
 
-def _new_bar() -> "rich.progress.Progress":
+def _new_bar(start: float) -> "rich.progress.Progress":
+    from datetime import timedelta
+
     from rich import progress
     from rich.console import Console
     from rich.text import Text
 
-    class Rate(progress.ProgressColumn):
+    class RateAndTimeLeft(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:.0f}/s")
+            rate = task.completed / (time.monotonic() - start)
+            left = timedelta(seconds=round((task.remaining or 0) / rate)) if rate and task.total else "-:--:--"
+            return Text(f"{rate:,.0f}/s {left}" if rate >= 10 else f"{rate:.1f}/s {left}")
 
-    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), Rate())
-    left = progress.TimeRemainingColumn(elapsed_when_finished=True)
-    return progress.Progress(*columns, left, console=Console(stderr=True), transient=True)
+    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), RateAndTimeLeft())
+    return progress.Progress(*columns, console=Console(stderr=True), transient=True)

@@ -46,8 +46,4 @@ def publish(
                 sink.write({"file": str(file) if keep else file.name, "bytes": file.stat().st_size})
         if repo is None or keep or dry_run:
             return
-        if quiet:
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
         note(f"published at {upload(folder, repo, card, private=private)}", quiet)

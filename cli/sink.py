@@ -1,16 +1,13 @@
 """The one place that writes results: records in, a table, JSON, JSON lines or CSV out, to stdout or a file."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
-
-from dimmix.errors import DimmixError
 
 from .options import Format
 
@@ -58,20 +55,18 @@ class Sink:
         self.format = _resolve(format, output)
         self.written = 0
         self._file: TextIO = sys.stdout
-        self._temporary = ""
+        self._stack = ExitStack()
         self._widths: dict[str, int] = {}
         self._rows: list[Record] = []
         self._first_pending = 0.0
 
     def __enter__(self) -> Self:
         if self.output is not None:
-            import tempfile
+            from dimmix.files import replacing
 
-            try:
-                handle, self._temporary = tempfile.mkstemp(dir=self.output.parent, prefix=f".{self.output.name}.")
-            except OSError as error:
-                raise DimmixError(f"--output {self.output}: {error.strerror}", exit_code=2) from error
-            self._file = open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="")
+            path = self._stack.enter_context(replacing(self.output, worth_keeping=lambda: self.written > 0))
+            file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+            self._file = self._stack.enter_context(file)
         elif hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         return self
@@ -79,21 +74,11 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, BrokenPipeError):
-            return
-        self._finish()
-        if self.output is None:
-            return
-        self._file.close()
-        os.chmod(self._temporary, 0o644)
-        if error is None:
-            os.replace(self._temporary, self.output)
-        elif self.written:
-            partial = self.output.with_name(f"{self.output.name}.partial")
-            os.replace(self._temporary, partial)
-            note(f"kept the {self.written} finished results in {partial}")
-        else:
-            os.unlink(self._temporary)
+        try:
+            if error is None or (self.written and not isinstance(error, BrokenPipeError)):
+                self._finish()
+        finally:
+            self._stack.__exit__(kind, error, trace)
 
     def write(self, record: Record) -> None:
         """Write one record, at once except in a table, whose rows come a few at a time."""

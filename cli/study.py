@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Format, FormatOption, OutputOption, QuietOption
+from .progress import ProgressBar
 from .sink import Record, Sink, note
 from .widths import CONNECTIONS_HELP, parse_connections
 
@@ -82,8 +83,9 @@ def study(
         cache=out / "cache",
     )
     records: list[Record] = []
-    with Sink(format, output, title=f"{kind} on {dataset}") as sink:
-        for record in run_study(options):
+    progress = ProgressBar("measured", quiet=quiet)
+    with Sink(format, output, title=f"{kind} on {dataset}", paused=progress.paused) as sink:
+        for record in progress.track(run_study(options)):
             records.append(record)
             sink.write(record)
     if kind is not Kind.cost:

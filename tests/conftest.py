@@ -1,14 +1,19 @@
-"""Shared by the tests: sixty real images, and a tiny checkpoint of random weights."""
+"""Shared by the tests: sixty real images, a tiny checkpoint of random weights, and a Hub on loopback."""
 
 import dataclasses
 import hashlib
 import io
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from .hub_server import TOKEN, Hub
 
 DATA = Path(__file__).parent / "data"
 CIFAR10 = DATA / "cifar10_test_60.parquet"
@@ -100,3 +105,45 @@ def brightest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "brightest.onnx"
     onnx.save(model, path)
     return path
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    """The seconds the client would have slept between attempts."""
+    return []
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> Iterator[Hub]:
+    """A running Hub that huggingface_hub talks to, with an empty cache, no token and no real waiting."""
+    import huggingface_hub.constants
+    from huggingface_hub.utils import close_session
+
+    clock = types.SimpleNamespace(**{**vars(time), "sleep": waits.append})
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
+    with Hub() as server:
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.25,
+            "DOWNLOAD_CHUNK_SIZE": 1024,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "DIMMIX_HUB_NAMESPACE"):
+            monkeypatch.delenv(name, raising=False)
+        close_session()
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Logs in."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return TOKEN

@@ -1,9 +1,10 @@
 """Latency, throughput and memory of models side by side on this machine."""
 
+import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,36 @@ class Timing:
 
 
 def benchmark(
-    names: Sequence[str], backends: Sequence[str], *, batch_size: int, rounds: int, device: torch.device
-) -> Iterator[Timing]:
+    names: Sequence[str],
+    backends: Sequence[str],
+    *,
+    batch_size: int,
+    rounds: int,
+    device: torch.device,
+    track: Callable[[str, Sequence[Any]], Iterable[Any]] = lambda label, items: items,
+) -> Iterator[Timing | DimmixError]:
     """Times every model under every backend; rounds go in turn, so that what slows the machine slows all alike.
 
-    Architectures are measured with the weights they have, or else random ones, which take the same time.
+    Architectures are measured with the weights they have, or else random ones, which take the same time. A backend
+    that cannot run a model is an error in its place. `track` counts the preparations and then the rounds.
 
     Raises:
-        DimmixError: no such model, or a backend that cannot run it.
+        DimmixError: no such model.
     """
+    models = {name: describe_model(name) for name in names}
     runs: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            model, spec = describe_model(name)
+        for name, backend in track("prepared", [(name, backend) for name in names for backend in backends]):
+            model, spec = models[name]
             macs = count_macs(model, spec.preprocess.input_size)
-            batch = torch.randn(batch_size, *spec.preprocess.input_size)
-            for backend in backends:
-                call = _prepare(model.to(device), backend, batch.to(device), spec, Path(folder))
-                peak = _peak_mib(call, backend, device)
-                runs.append((name, backend, macs, peak, call, []))
-        for _ in range(rounds):
+            batch = torch.randn(batch_size, *spec.preprocess.input_size, device=device)
+            try:
+                call = _prepare(model.to(device), backend, batch, spec, Path(folder))
+            except DimmixError as error:
+                yield error
+                continue
+            runs.append((name, backend, macs, _peak_mib(call, backend, device), call, []))
+        for _ in track("rounds", range(rounds)):
             for *_, call, times in runs:
                 times.append(_time(call, device))
     for name, backend, macs, peak, _, times in runs:
@@ -82,7 +93,7 @@ def _prepare(model: Any, backend: str, batch: torch.Tensor, spec: Any, folder: P
 
         path = folder / f"{len(list(folder.iterdir()))}.onnx"
         images = np.random.default_rng(0).standard_normal((7, *batch.shape[1:]), np.float32)
-        export_model(model.cpu(), spec, "onnx", path, images, atol=1e-2)
+        export_model(copy.deepcopy(model).cpu(), spec, "onnx", path, images, atol=1e-2)
         session = OnnxRuntime(path, "cuda" if batch.is_cuda else "cpu")
         array = batch.cpu().numpy()
         call: Callable[[], object] = lambda: session.logits(array)  # noqa: E731

@@ -210,6 +210,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         # Four blocks a stage, the paper's "ResNet-23".
         "butterfly_resnet26_blockmix_w64": {"depths": (4, 4, 4), "width": 64, "radix": (8, 16, 16), "mixing": "block"},
         "butterfly_resnet_fast_32": _FAST,
+        "butterfly_resnet_fast_blockmix_32": _FAST | {"mixing": "block", "radix": (32, 16, 16), "first_radix": None},
         "butterfly_resnet_nano_32": _NANO,
         "butterfly_resnet_tiny_32": _TINY,
         "butterfly_resnet_small_32": _SMALL,

@@ -144,39 +144,66 @@ def _from_parquet(
         files = [pq.ParquetFile(shard) for shard in shards]
     except (OSError, pa.ArrowInvalid) as error:
         raise DimmixError(f"{data}: not a parquet file ({error})") from error
-    schema = files[0].schema_arrow
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    images = [f.name for f in schema if pa.types.is_struct(f.type) or pa.types.is_binary(f.type)]
-    numbers = [f.name for f in schema if pa.types.is_integer(f.type) or pa.types.is_string(f.type)]
-    image_column = _choose_column(data, "image", image_column, images)
-    label_column = _choose_column(data, "label", label_column, numbers, prefer=features)
-    if pa.types.is_string(schema.field(label_column).type):
+    image_column, label_column, names = _choose_columns(data, files[0].schema_arrow, image_column, label_column)
+    if names is None:
         found = [file.read([label_column])[label_column].unique() for file in files]
-        names = tuple(sorted({name for column in found for name in column.to_pylist()}))
-    else:
-        names = tuple(features.get(label_column, {}).get("names") or ())
+        names = tuple(sorted({name for column in found for name in column.to_pylist() if name is not None}))
 
     def samples() -> Iterator[Sample]:
         number = 0
-        for file in files:
-            for batch in file.iter_batches(256, columns=[image_column, label_column]):
-                for row in batch.to_pylist():
-                    image, label = row[image_column], row[label_column]
-                    encoded = image if isinstance(image, bytes) else (image or {}).get("bytes") or b""
-                    path = image.get("path") if isinstance(image, dict) else None
-                    label = names.index(label) if isinstance(label, str) else label
-                    yield Sample(encoded, label, path or f"row {number}")
+        for shard, file in zip(shards, files, strict=True):
+            batches = file.iter_batches(256, columns=[image_column, label_column])
+            while rows := _next_rows(batches, shard):
+                for row in rows:
+                    yield _sample(row[image_column], row[label_column], names, number)
                     number += 1
 
     return LabelledImages(data, split, names or None, sum(file.metadata.num_rows for file in files), samples)
 
 
-def _choose_column(data: str, kind: str, asked: str | None, found: list[str], prefer: Any = ()) -> str:
+def _next_rows(batches: Any, shard: Path) -> list[dict[str, Any]]:
+    try:
+        return next(batches).to_pylist()
+    except StopIteration:
+        return []
+    except (OSError, ValueError) as error:  # pyarrow's own errors are either
+        raise DimmixError(f"{shard}: a broken parquet file ({error})") from error
+
+
+def _sample(image: Any, label: Any, names: Sequence[str], number: int) -> Sample:
+    """From a row: the image is bytes, or bytes and path as the Hub has it; the label a number, a name, or missing."""
+    path = image.get("path") if isinstance(image, dict) else None
+    encoded = image if isinstance(image, bytes) else (image or {}).get("bytes") or path or b""
+    index = names.index(label) if isinstance(label, str) else -1 if label is None else label
+    return Sample(encoded, index, path or f"row {number}")
+
+
+def _choose_columns(
+    data: str, schema: Any, image_column: str | None, label_column: str | None
+) -> tuple[str, str, tuple[str, ...] | None]:
+    """Of an Arrow schema: the column with images, that with classes, and their names; None: they are its texts."""
+    import pyarrow as pa
+
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    binary = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)}
+    binary |= {f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0}
+    texts = {f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)}
+    images = [name for name in schema.names if name in binary]
+    classes = [f.name for f in schema if pa.types.is_integer(f.type) or f.name in texts]
+    image_column = _choose_column(data, "image", image_column, images, features, "Image")
+    label_column = _choose_column(data, "label", label_column, classes, features, "ClassLabel")
+    names = None if label_column in texts else tuple(features.get(label_column, {}).get("names") or ())
+    return image_column, label_column, names
+
+
+def _choose_column(data: str, kind: str, asked: str | None, found: list[str], features: Any, feature: str) -> str:
     if asked is None and found:
-        labelled = [name for name in found if prefer and prefer.get(name, {}).get("_type") == "ClassLabel"]
-        return (labelled or [name for name in found if kind in name] or found)[0]
+        declared = [name for name in found if features.get(name, {}).get("_type") == feature]
+        return (declared or [name for name in found if kind in name] or found)[0]
+    if asked is None:
+        raise DimmixError(f"{data}: none of its columns holds {kind}s")
     if asked not in found:
-        raise DimmixError(f"{data}: no {kind} column {asked or ''} among {', '.join(found) or 'none'}", exit_code=2)
+        raise DimmixError(f"{data}: no {kind} column {asked} among {', '.join(found) or 'none'}", exit_code=2)
     return asked
 
 
@@ -193,18 +220,16 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
         raise
     except Exception as error:  # the Hub's client, its network and the data's readers each raise their own
         raise DimmixError(f"{data}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    classes = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    image_column = _choose_column(data, "image", image_column, images)
-    label_column = _choose_column(data, "label", label_column, classes)
+    image_column, label_column, names = _choose_columns(data, table.features.arrow_schema, image_column, label_column)
+    if names is None:
+        names = tuple(sorted(name for name in table.unique(label_column) if name is not None))
     table = table.cast_column(image_column, datasets.Image(decode=False))
 
     def samples() -> Iterator[Sample]:
         for number, row in enumerate(table):
-            image = row[image_column]
-            yield Sample(image["bytes"] or image["path"], row[label_column], image["path"] or f"row {number}")
+            yield _sample(row[image_column], row[label_column], names, number)
 
-    return LabelledImages(data, split, tuple(table.features[label_column].names), len(table), samples)
+    return LabelledImages(data, split, names or None, len(table), samples)
 
 
 class _ArraysOnly(pickle.Unpickler):

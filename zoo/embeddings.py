@@ -18,7 +18,8 @@ Write = Callable[[str, np.ndarray], None]
 def embedding_writer(path: Path) -> Iterator[Write]:
     """Opens `path` for pairs of an image's source and its float32 (num_features,) embedding.
 
-    A .npy file holds the embeddings, (B, num_features); a .parquet file the columns `source` and `embedding`.
+    A .npy file holds the embeddings, (B, num_features); a .parquet file the columns `source` and `embedding`. An
+    interruption leaves what was finished in `NAME.partial`.
 
     Raises:
         DimmixError: another suffix, or a folder that cannot be written to.
@@ -27,7 +28,7 @@ def embedding_writer(path: Path) -> Iterator[Write]:
         with table_writer(path, {"source": "string", "embedding": "floats"}) as write_row:
             yield lambda source, embedding: write_row({"source": source, "embedding": embedding})
     elif path.suffix == ".npy":
-        with replacing(path) as temporary, _npy_writer(temporary) as write:
+        with _npy_writer(path) as write:
             yield write
     else:
         raise DimmixError(f"{path}: embeddings go to a .npy or a .parquet file", exit_code=2)
@@ -44,10 +45,12 @@ def _npy_writer(path: Path) -> Iterator[Write]:
         file.write(embedding.astype("<f4").tobytes())
         shape = (shape[0] + 1, len(embedding))
 
-    with path.open("wb") as file:
-        yield write
-        file.seek(0)  # NumPy leaves room in the header for the number of rows to grow
-        _write_header(file, shape)
+    with replacing(path, worth_keeping=lambda: shape[0] > 0) as temporary, temporary.open("wb") as file:
+        try:
+            yield write
+        finally:
+            file.seek(0)  # NumPy leaves room in the header for the number of rows to grow
+            _write_header(file, shape)
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, int]) -> None:

@@ -20,6 +20,9 @@ from .images import ImageError
 BINS = 15
 """Equal bins of confidence for the calibration error."""
 
+Track = Callable[[Iterable[Sample]], Iterable[Sample]]
+"""Hands samples on and counts them, as a progress bar does."""
+
 _MISTAKES = 24
 
 
@@ -142,7 +145,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
-    track: Callable[[Iterable[Sample]], Iterable[Sample]] = lambda samples: samples,
+    track: Track = lambda samples: samples,
 ) -> Evaluation:
     """Runs the classifier over the data; `on_answer` gets each answer as it comes, `track` counts the samples.
 

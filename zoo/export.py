@@ -5,7 +5,7 @@ been run against the model on real images.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from .classifier import Classifier
 from .datasets import LabelledImages, Sample
 from .errors import DimmixError
-from .evaluation import evaluate
+from .evaluation import Track, evaluate
 from .files import new_folder, replacing
 from .preprocess import Preprocess
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
@@ -35,7 +35,7 @@ CALIBRATION_IMAGES = 128
 
 @dataclass(frozen=True)
 class Exported:
-    """A written export: its size in bytes, and the largest difference of any logit from the model's."""
+    """A written export: its size in bytes, and the largest difference of any logit or feature from the model's."""
 
     path: Path
     size: int
@@ -50,7 +50,7 @@ def export_model(
     images: np.ndarray,
     *,
     atol: float,
-    calibration: Sequence[np.ndarray] = (),
+    calibration: Iterable[np.ndarray] | None = None,
 ) -> Exported:
     """Writes `model` as `kind` (`onnx`, `pt2`, `safetensors` or `timm-dir`) to `path` and verifies it.
 
@@ -58,7 +58,8 @@ def export_model(
     ONNX file becomes int8.
 
     Raises:
-        DimmixError: the export failed, or a logit is further than `atol` from the model's. `path` is then as it was.
+        DimmixError: the export failed, or a logit or feature is further than `atol` from the model's. `path` is then
+            as it was.
     """
     cpu = torch.device("cpu")
     reference = TorchRuntime(model.eval(), spec, cpu)
@@ -76,16 +77,16 @@ def export_model(
         except Exception as error:  # exporters and runtimes each raise their own
             raise DimmixError(f"{spec.name}: the export to {kind} failed ({str(error).splitlines()[0]})") from error
         if not difference <= atol:
-            raise DimmixError(f"{path}: logits differ from the model's by {difference:.2e}, more than --atol {atol:g}")
+            raise DimmixError(f"{path}: it differs from the model by {difference:.2e}, more than --atol {atol:g}")
         size = sum(file.stat().st_size for file in [temporary, *temporary.glob("*")] if file.is_file())
     return Exported(path, size, difference)
 
 
-def sample_dataset(dataset: LabelledImages, images: int) -> LabelledImages:
+def sample_dataset(dataset: LabelledImages, images: int, track: Track = lambda samples: samples) -> LabelledImages:
     """At most so many images of a data set, drawn evenly from all of it with a fixed seed, in one pass."""
     generator = random.Random(0)
     chosen: list[Sample] = []
-    for number, sample in enumerate(dataset):
+    for number, sample in enumerate(track(dataset)):
         if number < images:
             chosen.append(sample)
         elif (place := generator.randrange(number + 1)) < images:
@@ -102,14 +103,16 @@ def split_dataset(dataset: LabelledImages) -> tuple[LabelledImages, LabelledImag
     return replace(dataset, samples=lambda: iter(first)), replace(dataset, samples=lambda: iter(rest))
 
 
-def top1(runtime: Runtime, dataset: LabelledImages) -> float:
+def top1(runtime: Runtime, dataset: LabelledImages, track: Track = lambda samples: samples) -> float:
     """Accuracy in percent."""
-    return evaluate(Classifier.of(runtime), dataset).top1
+    return evaluate(Classifier.of(runtime), dataset, track=track).top1
 
 
 def _largest_difference(reference: Runtime, exported: Runtime, images: np.ndarray) -> float:
-    """Over batches of `BATCHES` images."""
-    pairs = ((reference.logits(images[:size]), exported.logits(images[:size])) for size in BATCHES)
+    """Of any logit or feature, over batches of `BATCHES` images."""
+    batches = [images[:size] for size in BATCHES]
+    pairs = [(reference.logits(batch), exported.logits(batch)) for batch in batches]
+    pairs += [(reference.embed(batch), exported.embed(batch)) for batch in batches]
     return max(float(np.abs(expected - found).max()) for expected, found in pairs)
 
 
@@ -120,13 +123,27 @@ def _reload(path: Path, kind: str, model: Any) -> Runtime:
     return load_runtime(f"local-dir:{path}" if kind == "timm-dir" else str(path), device="cpu")
 
 
+class _WithFeatures(torch.nn.Module):
+    """A model that gives the pooled features too, which cost nothing: the logits are made of them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.model.forward_features(images)
+        return {"logits": self.model.forward_head(maps), "features": self.model.forward_head(maps, pre_logits=True)}
+
+
 def _example(model: torch.nn.Module, preprocess: Preprocess) -> tuple[torch.Tensor]:
     return (torch.zeros(2, *preprocess.input_size, dtype=next(model.parameters()).dtype),)
 
 
 def _write_pt2(model: torch.nn.Module, spec: Spec, path: Path) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=65536)}
-    program = torch.export.export(model, _example(model, spec.preprocess), dynamic_shapes=(batch,))
+    program = torch.export.export(
+        _WithFeatures(model).eval(), _example(model, spec.preprocess), dynamic_shapes=(batch,)
+    )
     program.example_inputs = None  # it would be stored as a pickle
     torch.export.save(program, path, extra_files={METADATA_KEY: spec.to_json()})
 
@@ -144,21 +161,23 @@ def _write_timm_dir(model: torch.nn.Module, path: Path) -> None:
     save_for_hf(model, str(path), safe_serialization=True)
 
 
-def _write_onnx(model: torch.nn.Module, spec: Spec, path: Path, calibration: Sequence[np.ndarray] = ()) -> None:
+def _write_onnx(
+    model: torch.nn.Module, spec: Spec, path: Path, calibration: Iterable[np.ndarray] | None = None
+) -> None:
     import onnx
 
     torch.onnx.export(
-        model,
+        _WithFeatures(model).eval(),
         _example(model, spec.preprocess),
         path,
         dynamo=True,
         external_data=False,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=["logits", "features"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
         verbose=False,
     )
-    if calibration:
+    if calibration is not None:
         _quantize(path, model, calibration)
     written = onnx.load(path)
     onnx.helper.set_model_props(written, {METADATA_KEY: spec.to_json()})
@@ -169,14 +188,14 @@ def _write_onnx(model: torch.nn.Module, spec: Spec, path: Path, calibration: Seq
 class _Calibration:
     """Hands the batches to onnxruntime's quantizer one by one."""
 
-    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+    def __init__(self, batches: Iterable[np.ndarray]) -> None:
         self._batches = iter(batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(({"images": batch} for batch in self._batches), None)
 
 
-def _quantize(path: Path, model: torch.nn.Module, calibration: Sequence[np.ndarray]) -> None:
+def _quantize(path: Path, model: torch.nn.Module, calibration: Iterable[np.ndarray]) -> None:
     """In place: static QDQ where convolutions hold most of the weights, else dynamic."""
     import onnx
     from onnxruntime import quantization

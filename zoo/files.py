@@ -1,9 +1,10 @@
 """Files that carry their name only when they are whole."""
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,21 +33,38 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` at the end, or removed when an exception leaves.
 
+    What `worth_keeping` then says yes of becomes `NAME.partial` instead, and the exception gets a note of it.
+
     Raises:
-        DimmixError: the folder is not there or cannot be written to.
+        DimmixError: the folder is not there or cannot be written to, or `path` is a folder.
     """
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     except OSError as error:
         raise DimmixError(f"{path}: cannot be written ({error.strerror})", exit_code=2) from error
     os.close(handle)
     try:
-        yield Path(name)
         os.chmod(name, 0o644)
+        yield Path(name)
         os.replace(name, path)
+    except BaseException as error:
+        if worth_keeping():
+            partial = path.with_name(f"{path.name}.partial")
+            os.replace(name, partial)
+            error.add_note(f"kept what was finished in {partial}")
+        raise
     finally:
         if os.path.exists(name):
             os.unlink(name)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole content at once through `replacing`, into a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

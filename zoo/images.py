@@ -132,8 +132,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def find_images(sources: Iterable[str]) -> Iterator[str | ImageError]:
     """The images that files, folders (searched to the bottom), globs and `@list.txt` name, lazily.
 
-    A folder's files come sorted, in runs of a few thousand, so that a folder of a million starts at once. What cannot
-    be listed, or holds no image, comes as an error in its place.
+    Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once. What
+    cannot be listed, or holds no image, comes as an error in its place.
     """
     for source in sources:
         try:
@@ -156,7 +156,9 @@ def _glob(pattern: str) -> Iterator[str | ImageError]:
     if first is None:
         yield ImageError(pattern, "no file matches")
         return
-    yield from (name for name in itertools.chain([first], names) if not os.path.isdir(name))
+    names = (name for name in itertools.chain([first], names) if not os.path.isdir(name))
+    while run := sorted(itertools.islice(names, _SORTED_AT_ONCE)):
+        yield from run
 
 
 def _walk(top: str) -> Iterator[str | ImageError]:

@@ -59,7 +59,7 @@ class Runtime(Protocol):
 
 
 class TorchRuntime:
-    """A timm model, or the module of a torch.export archive, on one device."""
+    """A timm model on one device."""
 
     def __init__(self, model: "torch.nn.Module", spec: Spec, device: "torch.device", amp: bool = False) -> None:
         self.model, self.spec, self.device, self.amp = model.to(device), spec, device, amp
@@ -69,8 +69,6 @@ class TorchRuntime:
 
     def embed(self, batch: np.ndarray) -> np.ndarray:
         model: Any = self.model
-        if not hasattr(model, "forward_features"):
-            raise DimmixError(f"{self.spec.name} gives no embeddings: only models of timm's registry do", exit_code=2)
         return self._run(lambda x: model.forward_head(model.forward_features(x), pre_logits=True), batch)
 
     def _run(self, function: Any, batch: np.ndarray) -> np.ndarray:
@@ -79,6 +77,16 @@ class TorchRuntime:
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
             return function(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+
+
+class Pt2Runtime(TorchRuntime):
+    """The module of a torch.export archive, whose outputs have names."""
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        return self._run(lambda x: self.model(x)["logits"], batch)
+
+    def embed(self, batch: np.ndarray) -> np.ndarray:
+        return self._run(lambda x: self.model(x)["features"], batch)
 
 
 class OnnxRuntime:
@@ -91,6 +99,8 @@ class OnnxRuntime:
             raise DimmixError(f"{path} needs onnxruntime: pip install 'dimmix[export]'") from None
 
         providers = ["CPUExecutionProvider"]
+        if device == "mps":
+            raise DimmixError(f"--device mps: {path} runs on cpu or cuda", exit_code=2)
         if device == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
@@ -106,10 +116,15 @@ class OnnxRuntime:
         self._input = self.session.get_inputs()[0].name
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        return np.asarray(self.session.run(None, {self._input: batch})[0], np.float32)
+        return self._run("logits", batch)
 
     def embed(self, batch: np.ndarray) -> np.ndarray:
-        raise DimmixError(f"{self.spec.name}: an ONNX file gives no embeddings; name the model itself", exit_code=2)
+        if "features" not in [output.name for output in self.session.get_outputs()]:
+            raise DimmixError(f"{self.spec.name}: this file gives no features; export the model again", exit_code=2)
+        return self._run("features", batch)
+
+    def _run(self, output: str, batch: np.ndarray) -> np.ndarray:
+        return np.asarray(self.session.run([output], {self._input: batch})[0], np.float32)
 
 
 def load_runtime(
@@ -277,7 +292,7 @@ def _shape(tensor: "torch.Tensor | None") -> str:
     return "missing" if tensor is None else "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _load_pt2(path: Path, device: "torch.device", amp: bool) -> TorchRuntime:
+def _load_pt2(path: Path, device: "torch.device", amp: bool) -> Pt2Runtime:
     import torch
 
     from .pt2 import check_archive
@@ -288,9 +303,9 @@ def _load_pt2(path: Path, device: "torch.device", amp: bool) -> TorchRuntime:
         program = torch.export.load(path, extra_files=files)
     except Exception as error:
         raise DimmixError(f"{path}: not a torch.export archive ({_first_line(error)})") from error
-    if not files[METADATA_KEY]:
-        raise DimmixError(f"{path}: no labels and preprocessing in it; make it with `dimmix export`")
-    return TorchRuntime(program.module(), Spec.from_json(files[METADATA_KEY]), device, amp)
+    if not files[METADATA_KEY] or len(program.graph_signature.user_outputs) != 2:
+        raise DimmixError(f"{path}: no labels, preprocessing and features in it; make it with `dimmix export`")
+    return Pt2Runtime(program.module(), Spec.from_json(files[METADATA_KEY]), device, amp)
 
 
 def _first_line(error: Exception) -> str:

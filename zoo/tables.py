@@ -16,7 +16,7 @@ _ROW_GROUP = 4096
 
 @contextmanager
 def table_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
-    """Opens `path` for rows of `columns`, each name with its pyarrow type.
+    """Opens `path` for rows of `columns`, each name with its pyarrow type; an interruption leaves `NAME.partial`.
 
     Raises:
         DimmixError: another suffix, or a folder that cannot be written to.
@@ -24,8 +24,18 @@ def table_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
     if path.suffix not in writers:
         raise DimmixError(f"{path}: tables are written as .csv or .parquet", exit_code=2)
-    with replacing(path) as temporary, writers[path.suffix](temporary, columns) as write:
-        yield write
+    rows = 0
+    with (
+        replacing(path, worth_keeping=lambda: rows > 0) as temporary,
+        writers[path.suffix](temporary, columns) as write,
+    ):
+
+        def count(row: dict[str, Any]) -> None:
+            nonlocal rows
+            write(row)
+            rows += 1
+
+        yield count
 
 
 @contextmanager
@@ -55,5 +65,7 @@ def _parquet_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
             rows.clear()
 
     with pq.ParquetWriter(path, schema) as file:
-        yield write
-        file.write_table(pa.Table.from_pylist(rows, schema))
+        try:
+            yield write
+        finally:
+            file.write_table(pa.Table.from_pylist(rows, schema))

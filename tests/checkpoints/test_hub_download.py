@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN
 from toy_checkpoint import weights
 
 import dimmix
 from dimmix.checkpoints import CheckpointError, find
+from tests.hub_server import TOKEN
 
 NAME = "someone/toy"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from hub_server import cut, flip_bit, replace, shorten, stall, with_status
 from toy_checkpoint import weights
 
 from dimmix.checkpoints import CheckpointError, find
+from tests.hub_server import cut, flip_bit, replace, shorten, stall, with_status
 
 NAME = "someone/toy"
 GOOD = weights()

@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import with_status
 from toy_checkpoint import make_card, weights
 
 import dimmix  # noqa: F401  registers the architectures
 from dimmix.checkpoints import Card, CheckpointError, publish
+from tests.hub_server import with_status
 
 ARCHITECTURE = "test_resnet"
 # huggingface_hub's own call into its HTTP client.

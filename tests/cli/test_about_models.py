@@ -25,9 +25,11 @@ def test_list_filters_architectures_by_name_family_and_size(dimmix):
     found = lines(dimmix("list", "*nano*", "--architectures", "--sort", "params").out)
     assert sorted(record["name"] for record in found) == package.list_models("*nano*")
     assert [record["params"] for record in found] == sorted(record["params"] for record in found)
-    small = lines(dimmix("list", "*nano*", "--architectures", "--family", "vit_butterfly", "--max-params", 0.48).out)
+    limit = 1 + min(record["params"] for record in found if "vit" in record["name"])
+    options = ["--family", "vit_butterfly", "--max-params", limit / 1e6]
+    small = lines(dimmix("list", "*nano*", "--architectures", *options).out)
     assert [record["name"] for record in small] == [
-        record["name"] for record in found if "vit" in record["name"] and record["params"] <= 480_000
+        record["name"] for record in found if "vit" in record["name"] and record["params"] <= limit
     ]
     assert 0 < len(small) < len(found)
 
@@ -54,6 +56,14 @@ def test_benchmark_has_a_row_for_each_model_and_backend(dimmix):
         assert 0 < record["quarter_ms"] <= record["median_ms"] <= record["three_quarter_ms"]
         assert record["images_per_second"] == pytest.approx(2000 / record["median_ms"])
     assert found[0]["macs"] < found[1]["macs"]
+
+
+def test_benchmark_goes_on_past_a_backend_that_does_not_run(dimmix, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda model: lambda batch: 1 / 0)
+    name = "butterfly_resnet_nano_32"
+    done = dimmix("benchmark", name, "--backend", "compiled", "--backend", "eager", "--rounds", 1)
+    assert [record["backend"] for record in lines(done.out)] == ["eager"]
+    assert (done.code, done.err) == (1, f"dimmix: {name} does not run compiled: division by zero\n")
 
 
 def test_explain_writes_a_picture_and_says_what_reaches(dimmix, tiny, class_folders, tmp_path):

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from dimmix.evaluation import Evaluation
+
 from ..conftest import CIFAR10
 
 KEYS = ["model", "data", "split", "images", "top1", "top5", "nll", "ece", "images_per_second", "seconds"]
@@ -40,6 +42,22 @@ def test_predictions_are_written_for_each_image(dimmix, model, class_folders, tm
     assert len(rows) == 60
     assert [row["prediction"] for row in rows] == table["prediction"]
     assert sum(table["correct"]) == 6
+
+
+def test_ctrl_c_keeps_the_finished_predictions(dimmix, model, class_folders, tmp_path, monkeypatch):
+    update = Evaluation.update
+
+    def interrupt(self, logits, labels, samples):
+        if self.images:
+            raise KeyboardInterrupt
+        return update(self, logits, labels, samples)
+
+    monkeypatch.setattr(Evaluation, "update", interrupt)
+    done = dimmix("eval", class_folders, *model, "--batch-size", 8, "--predictions", tmp_path / "p.csv")
+    partial = tmp_path / "p.csv.partial"
+    assert (done.code, done.err) == (130, f"dimmix: interrupted\ndimmix: kept what was finished in {partial}\n")
+    assert len(partial.read_text().splitlines()) == 1 + 8
+    assert list(tmp_path.iterdir()) == [partial]
 
 
 def test_the_report_is_written(dimmix, model, tmp_path):

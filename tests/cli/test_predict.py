@@ -97,10 +97,23 @@ def test_embeddings_go_to_npy_and_parquet(dimmix, model, class_folders, tmp_path
     np.testing.assert_allclose(table["embedding"], array, atol=1e-5)
 
 
-def test_an_onnx_file_has_no_embeddings(dimmix, brightest, red, tmp_path):
+def test_an_onnx_file_without_features_has_no_embeddings(dimmix, brightest, red, tmp_path):
     done = dimmix("predict", red, "-m", brightest, "--embeddings", tmp_path / "e.npy")
-    assert done.code == 2
+    assert (done.code, done.err) == (2, "dimmix: brightest: this file gives no features; export the model again\n")
     assert not (tmp_path / "e.npy").exists()
+
+
+def test_an_output_that_is_a_folder_is_wrong_usage_before_any_work(dimmix, brightest, red, tmp_path):
+    done = dimmix("predict", red, "-m", brightest, "--output", tmp_path)
+    assert (done.code, done.err) == (2, f"dimmix: {tmp_path}: cannot be written (Is a directory)\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["red.png"]
+
+
+def test_a_glob_is_answered_in_order(dimmix, brightest, red, tmp_path):
+    for name in "dbca":
+        os.link(red, tmp_path / f"{name}.png")
+    done = dimmix("predict", f"{tmp_path}/?.png", "-m", brightest)
+    assert [json.loads(line)["source"][-5:] for line in done.out.splitlines()] == ["a.png", "b.png", "c.png", "d.png"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(dimmix, tiny, red):
@@ -138,7 +151,7 @@ def test_ctrl_c_is_exit_130_and_keeps_what_is_finished(brightest, red, tmp_path)
         [*command, "-o", str(tmp_path / "out.csv")], env=environment, stderr=subprocess.PIPE, text=True
     ) as running:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.csv.*")):
+        while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.*.csv")):
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
@@ -146,6 +159,10 @@ def test_ctrl_c_is_exit_130_and_keeps_what_is_finished(brightest, red, tmp_path)
     assert "Traceback" not in err
     assert not (tmp_path / "out.csv").exists()
     assert len((tmp_path / "out.csv.partial").read_text().splitlines()) > 1
+    assert err.splitlines()[-2:] == [
+        "dimmix: interrupted",
+        f"dimmix: kept what was finished in {tmp_path}/out.csv.partial",
+    ]
 
 
 def test_a_closed_pipe_ends_quietly(brightest, red, tmp_path):

@@ -3,6 +3,9 @@
 import contextlib
 import os
 import pty
+import re
+
+from PIL import Image
 
 from dimmix_cli.progress import ProgressBar
 
@@ -13,10 +16,16 @@ CODE = (
 )
 
 
-def on_a_terminal(process, code):
+PREDICT = (
+    "import sys\nfrom dimmix_cli import progress\nprogress.DELAY = 0\n"
+    "from dimmix_cli.main import main\nsys.argv[0] = 'dimmix'\nmain()"
+)
+
+
+def on_a_terminal(process, code, *arguments):
     """What a process writes to a terminal at its stderr."""
     ours, theirs = pty.openpty()
-    process(code, stderr=theirs, stdout=theirs)
+    process(code, *arguments, stderr=theirs, stdout=theirs)
     os.close(theirs)
     seen = b""
     with contextlib.suppress(OSError):  # the other side is closed and all is read
@@ -41,3 +50,13 @@ def test_nothing_is_shown_before_the_delay_or_when_quiet(process):
 
 def test_items_come_through_unchanged():
     assert list(ProgressBar("images").track(iter("abc"))) == list("abc")
+
+
+def test_predict_shows_its_progress_on_a_terminal_and_none_in_a_pipe(process, brightest, tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/red.png\n" * 3000)
+    arguments = ["predict", f"@{tmp_path}/list.txt", "-m", brightest, "-o", tmp_path / "out.jsonl"]
+    seen = on_a_terminal(process, PREDICT, *arguments)
+    assert re.search(r"images .*/3000\S* [\d,.]+/s \d:\d\d:\d\d", seen)
+    assert "images" not in on_a_terminal(process, PREDICT, *arguments, "--quiet")
+    assert process(PREDICT, *arguments).stderr == ""

@@ -86,15 +86,6 @@ def test_a_cifar_archive_can_run_no_code(tmp_path):
         open_dataset(str(tmp_path / "c.tar.gz"))
 
 
-def test_a_hub_dataset_is_read_through_datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_parquet(str(CIFAR10), cache_dir=str(tmp_path))
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
-    dataset = open_dataset("hf://org/cifar")
-    assert (dataset.split, dataset.labels, len(list(dataset))) == ("test", LABELS, 60)
-
-
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -112,6 +103,25 @@ def test_what_is_no_data_set_is_one_line(tmp_path, make, reason):
 def test_a_broken_parquet_file_is_one_line(tmp_path):
     (tmp_path / "x.parquet").write_text("x")
     with pytest.raises(DimmixError, match="not a parquet file"):
+        open_dataset(str(tmp_path / "x.parquet"))
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_one_line(tmp_path):
+    content = bytearray(CIFAR10.read_bytes())
+    content[4:20_000] = bytes(19_996)
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DimmixError, match=r"x\.parquet: a broken parquet file"):
+        list(open_dataset(str(tmp_path / "x.parquet")))
+
+
+def test_columns_are_chosen_by_what_they_hold(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    columns = {"id": [1], "box": [{"x": 1}], "label": [3], "photo": pa.array([b"x"], pa.large_binary())}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    (sample,) = open_dataset(str(tmp_path / "x.parquet"))
+    assert (sample.image, sample.label) == (b"x", 3)
+    pa.parquet.write_table(pa.table({"label": [3]}), tmp_path / "x.parquet")
+    with pytest.raises(DimmixError, match="none of its columns holds images"):
         open_dataset(str(tmp_path / "x.parquet"))
 
 

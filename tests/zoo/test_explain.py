@@ -31,7 +31,8 @@ def test_every_family_is_explained(name):
     ours = classifier(name)
     found = explain(ours, sample_images()[3])
     predicted = ours.predict(sample_images()[3], topk=1)[0]
-    assert (found.prediction.label, found.prediction.score) == (predicted.label, pytest.approx(predicted.score, rel=1e-5))
+    assert found.prediction.label == predicted.label
+    assert found.prediction.score == pytest.approx(predicted.score, rel=1e-5)
     assert found.heat.shape == (32, 32)
     assert 0 <= found.heat.min() <= found.heat.max() <= 1
     assert len(found.layers) == len(ours.runtime.model.blocks)

@@ -44,6 +44,7 @@ def test_an_exported_file_answers_as_the_model_with_its_labels(kind, loaded, ref
     photos = [image for image, _ in cifar_rows[:5]]
     expected = [[p.score for p in answer] for answer in reference.predict(photos)]
     np.testing.assert_allclose([[p.score for p in answer] for answer in again.predict(photos)], expected, atol=1e-5)
+    np.testing.assert_allclose(again.embed(photos), reference.embed(photos), atol=1e-5)
 
 
 def test_safetensors_carry_labels_and_preprocessing_without_a_card_beside_them(loaded, images, tiny, tmp_path):
@@ -66,7 +67,7 @@ def test_a_timm_dir_is_loaded_by_timm(loaded, images, tmp_path):
 def test_a_difference_over_atol_leaves_the_old_file(loaded, images, tmp_path, monkeypatch):
     (tmp_path / "m.safetensors").write_text("old")
     monkeypatch.setattr("dimmix.export._largest_difference", lambda *arguments: 0.5)
-    with pytest.raises(DimmixError, match=r"differ from the model's by 5\.00e-01, more than --atol 0\.1"):
+    with pytest.raises(DimmixError, match=r"differs from the model by 5\.00e-01, more than --atol 0\.1"):
         export_model(*loaded, "safetensors", tmp_path / "m.safetensors", images, atol=0.1)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
@@ -150,3 +151,11 @@ def test_another_file_under_an_exports_suffix_is_one_line(tmp_path, suffix):
     path.write_bytes(b"hello")
     with pytest.raises(DimmixError, match=rf"x\{suffix}: not a"):
         load_runtime(str(path))
+
+
+def test_an_archive_of_logits_alone_is_one_line(loaded, tmp_path):
+    program = torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3),))
+    program.example_inputs = None
+    torch.export.save(program, tmp_path / "m.pt2", extra_files={"dimmix": loaded[1].to_json()})
+    with pytest.raises(DimmixError, match=r"m\.pt2: no labels, preprocessing and features in it; make it with"):
+        load_runtime(str(tmp_path / "m.pt2"))

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin")
+LARGE = (".safetensors", ".bin", ".parquet")
 TOKEN = "hf_loopback"
 
 Fault = Callable[["Handler", int, bytes, dict[str, str]], None]
@@ -25,7 +25,7 @@ Fault = Callable[["Handler", int, bytes, dict[str, str]], None]
 
 @dataclass
 class Repo:
-    """A model repository: commits, newest last, each a full set of files."""
+    """A repository (of a data set if its name begins with `datasets/`): commits, newest last, each with all files."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: bool = False
@@ -233,7 +233,7 @@ def serve_object(handler: Handler, digest: str) -> None:
     handler.send_file(handler.hub.objects[digest], {"ETag": f'"{digest}"'})
 
 
-def model_info(handler: Handler, name: str, revision: str | None) -> None:
+def repo_info(handler: Handler, name: str, revision: str | None) -> None:
     repo = handler.allowed(name)
     found = handler.tree(repo, revision or "main") if repo else None
     if found is not None:
@@ -245,6 +245,31 @@ def sibling(path: str, content: bytes) -> dict[str, Any]:
     large = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     described = {"rfilename": path, "size": len(content), "blobId": git_sha1(content)}
     return {**described, "lfs": large} if path.endswith(LARGE) else described
+
+
+def list_files(handler: Handler, name: str, revision: str, folder: str | None) -> None:
+    """Files below a folder, or what is right in it: files and folders."""
+    repo = handler.allowed(name)
+    found = handler.tree(repo, revision) if repo else None
+    if found is None:
+        return
+    below = {path: content for path, content in found[1].items() if path.startswith(f"{folder}/" if folder else "")}
+    if handler.query.get("recursive") not in (["true"], ["True"]):
+        depth = len(folder) + 1 if folder else 0
+        folders = {path[: path.index("/", depth)] for path in below if "/" in path[depth:]}
+        below = {path: content for path, content in below.items() if "/" not in path[depth:]}
+        return handler.reply_json([*map(directory, sorted(folders)), *(file(*item) for item in below.items())])
+    return handler.reply_json([file(*item) for item in below.items()])
+
+
+def file(path: str, content: bytes) -> dict[str, Any]:
+    described = {"type": "file", "oid": git_sha1(content), "size": len(content), "path": path}
+    large = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return {**described, "lfs": large} if path.endswith(LARGE) else described
+
+
+def directory(path: str) -> dict[str, Any]:
+    return {"type": "directory", "oid": git_sha1(path.encode()), "size": 0, "path": path}
 
 
 def list_models(handler: Handler) -> None:
@@ -311,16 +336,18 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
+NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
+API = r"/api/(?:models/)?" + NAME
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"(?:HEAD|GET) /{NAME}/resolve/([^/]+)/(.+)", resolve),
     (r"GET /cdn/(\w+)", serve_object),
-    (rf"GET /api/models/{NAME}(?:/revision/([^/]+))?", model_info),
+    (rf"GET {API}(?:/revision/([^/]+))?", repo_info),
+    (rf"GET {API}/tree/([^/]+)(?:/(.+))?", list_files),
     (r"GET /api/models", list_models),
     (r"POST /api/repos/create", create),
     (r"POST /api/validate-yaml|POST /verify", lambda handler: handler.reply_json({})),
-    (rf"POST /api/models/{NAME}/preupload/([^/]+)", preupload),
+    (rf"POST {API}/preupload/([^/]+)", preupload),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", lfs_batch),
     (r"PUT /upload/(\w+)", store),
-    (rf"POST /api/models/{NAME}/commit/([^/]+)", commit),
+    (rf"POST {API}/commit/([^/]+)", commit),
 ]

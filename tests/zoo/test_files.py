@@ -1,0 +1,64 @@
+"""Files carry their name only when they are whole; what an interruption had finished stays beside them."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from dimmix.embeddings import embedding_writer
+from dimmix.errors import DimmixError
+from dimmix.files import replacing, write_atomically
+from dimmix.tables import table_writer
+
+pq = pytest.importorskip("pyarrow.parquet")
+
+ROWS = [{"source": name, "embedding": np.full(3, number, np.float32)} for number, name in enumerate("abc")]
+
+
+def write(path, rows, error=None):
+    if path.name.startswith("table"):
+        with table_writer(path, {"source": "string"}) as write_row:
+            for row in rows:
+                write_row({"source": row["source"]})
+            if error:
+                raise error
+    else:
+        with embedding_writer(path) as write_embedding:
+            for row in rows:
+                write_embedding(row["source"], row["embedding"])
+            if error:
+                raise error
+
+
+def sources(path):
+    if ".csv" in path.name:
+        with path.open() as file:
+            return [row["source"] for row in csv.DictReader(file)]
+    if ".npy" in path.name:
+        return ["abc"[int(row[0])] for row in np.load(path)]
+    return pq.read_table(path)["source"].to_pylist()
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet", "embeddings.npy", "embeddings.parquet"])
+def test_what_an_interruption_had_finished_stays_beside_the_old_file(tmp_path, name):
+    path, partial = tmp_path / name, tmp_path / f"{name}.partial"
+    write(path, ROWS[:1])
+    with pytest.raises(KeyboardInterrupt):
+        write(path, [], KeyboardInterrupt())
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        write(path, ROWS, KeyboardInterrupt())
+    assert sorted(tmp_path.iterdir()) == [path, partial]
+    assert (sources(path), sources(partial)) == (["a"], ["a", "b", "c"])
+    assert caught.value.__notes__ == [f"kept what was finished in {partial}"]
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    with pytest.raises(DimmixError, match=r"cannot be written \(Is a directory\)") as caught, replacing(tmp_path):
+        pass
+    assert caught.value.exit_code == 2
+
+
+def test_a_whole_content_is_written_into_a_new_folder(tmp_path):
+    write_atomically(tmp_path / "new" / "file", b"content")
+    assert [path.read_bytes() for path in (tmp_path / "new").iterdir()] == [b"content"]
