@@ -46,7 +46,7 @@ def info(
     shown = {key: value for key, value in spec.card.items() if key not in ("labels", "per_class_accuracy")}
     with Sink(format, output, single=True) as sink:
         sink.write(shown | summary)
-    for title, rows in (("What each layer mixes", levels), ("Multiply-accumulates", modules)):
-        with Sink(format, title=title) as sink:
+        for title, rows in (("What each layer mixes", levels), ("Multiply-accumulates", modules)):
+            sink.new_table(title)
             for row in rows:
                 sink.write(row)

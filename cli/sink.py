@@ -107,6 +107,11 @@ class Sink:
         if self.output is None and self.format is not Format.table:
             self._file.flush()
 
+    def new_table(self, title: str) -> None:
+        """What is written from here on stands in a table of its own, a row a record."""
+        self._print_rows()
+        self.title, self.single, self._widths = title, False, {}
+
     def _finish(self) -> None:
         if self.format is Format.json and not self.single:
             self._file.write("\n]\n" if self.written else "[]\n")

@@ -29,6 +29,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: table.key=value.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the run's saved state and begin anew.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the run's curves so far, and do not train.")] = False,
 ) -> None:
     """Train a recipe; interrupted, it goes on where it stopped when called again.
@@ -61,6 +62,7 @@ def train(
         threads=threads,
         device=device,
         restart=restart,
+        quiet=quiet,
         cache=runs / "cache",
     )
     card = run(parsed, options)

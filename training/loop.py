@@ -43,6 +43,7 @@ class Options:
     threads: int = 0
     device: str = "auto"
     restart: bool = False
+    quiet: bool = False
     cache: Path | None = None
 
 
@@ -98,7 +99,8 @@ class Run:
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
         self.lessons = self._lessons()
         self.position = self._resume()
-        self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet=processes.rank > 0)
+        quiet = options.quiet or processes.rank > 0
+        self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet)
 
     def train(self) -> bool:
         """Steps to the end of the recipe (True), or until the user or the clock stops it (False)."""

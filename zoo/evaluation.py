@@ -184,5 +184,6 @@ def evaluate(
 def _model_index(sample: Sample, mapping: list[int] | None, dataset: LabelledImages, classes: int) -> int:
     known = classes if mapping is None else len(mapping)
     if not 0 <= sample.label < known:
-        raise DimmixError(f"{dataset.name}: {sample.source} is of class {sample.label}, the model has {known} classes")
+        what = "has no label" if sample.label < 0 else f"is of class {sample.label}, the model has {known} classes"
+        raise DimmixError(f"{dataset.name}: {sample.source} {what}")
     return sample.label if mapping is None else mapping[sample.label]

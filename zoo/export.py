@@ -19,6 +19,7 @@ from .datasets import LabelledImages, Sample
 from .errors import DimmixError
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
+from .fuse import fuse
 from .preprocess import Preprocess
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
 
@@ -142,7 +143,7 @@ def _example(model: torch.nn.Module, preprocess: Preprocess) -> tuple[torch.Tens
 def _write_pt2(model: torch.nn.Module, spec: Spec, path: Path) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=65536)}
     program = torch.export.export(
-        _WithFeatures(model).eval(), _example(model, spec.preprocess), dynamic_shapes=(batch,)
+        _WithFeatures(fuse(model)).eval(), _example(model, spec.preprocess), dynamic_shapes=(batch,)
     )
     program.example_inputs = None  # it would be stored as a pickle
     torch.export.save(program, path, extra_files={METADATA_KEY: spec.to_json()})
@@ -167,7 +168,7 @@ def _write_onnx(
     import onnx
 
     torch.onnx.export(
-        _WithFeatures(model).eval(),
+        _WithFeatures(fuse(model)).eval(),
         _example(model, spec.preprocess),
         path,
         dynamo=True,

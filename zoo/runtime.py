@@ -98,13 +98,13 @@ class OnnxRuntime:
         except ImportError:
             raise DimmixError(f"{path} needs onnxruntime: pip install 'dimmix[export]'") from None
 
-        providers = ["CPUExecutionProvider"]
         if device == "mps":
             raise DimmixError(f"--device mps: {path} runs on cpu or cuda", exit_code=2)
-        if device == "cuda":
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, "CUDAExecutionProvider")
+        elif device == "cuda":
+            raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
         try:
             self.session = onnxruntime.InferenceSession(os.fspath(path), providers=providers)
         except Exception as error:
@@ -151,8 +151,10 @@ def load_runtime(
     torch_device = resolve_device(device)
     if exported.suffix == ".pt2":
         return _load_pt2(exported, torch_device, amp)
+    from .fuse import fuse
+
     model, spec = load_model(name, checkpoint=checkpoint)
-    return TorchRuntime(model, spec, torch_device, amp)
+    return TorchRuntime(fuse(model), spec, torch_device, amp)
 
 
 def resolve_device(device: str) -> "torch.device":
