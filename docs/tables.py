@@ -1,4 +1,5 @@
-"""Writes what comes from the checkpoint cards: the table in README.md, MODEL_CARD.md, and docs/accuracy_macs.png.
+"""Writes what comes from the checkpoint cards (the table in README.md, MODEL_CARD.md, docs/accuracy_macs.png) and from
+the benchmark (the tables of docs/performance.md).
 
 python docs/tables.py            # write
 python docs/tables.py --check    # exit 1 and say which text is out of date
@@ -8,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import benchmark_tables
 from huggingface_hub import EvalResult, ModelCardData
 
 from dimmix.checkpoints import Card, cards
@@ -63,12 +65,13 @@ the original. Where hyper-parameters or epochs were compared, it was on the last
 
 def main() -> int:
     found = list(cards().values())
-    readme = ROOT / "README.md"
+    readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     texts = {
         readme: f"{before}{BEGIN}\n{_table(found, short=True)}\n{END}{after}",
         ROOT / "MODEL_CARD.md": _model_card(found),
+        performance: benchmark_tables.fill(performance.read_text(encoding="utf-8")),
     }
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:

@@ -1,0 +1,124 @@
+"""The tables of docs/performance.md, from what `python -m benchmarks` wrote to docs/benchmarks."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+FOLDER = Path(__file__).parent / "benchmarks"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """`text` with what stands between each pair of marks made anew."""
+    return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->", text)
+
+
+def _read(subject: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{subject}.json").read_text(encoding="utf-8"))
+
+
+def _records(*subjects: str) -> list[Record]:
+    return [record for subject in subjects for record in _read(subject)["records"]]
+
+
+def _machine() -> str:
+    machine = _read("linear")["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    processor = f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
+    return f"{processor}; {versions}; {machine['date']}"
+
+
+def _layers(modes: Sequence[str]) -> str:
+    records = [record for record in _records("linear", "mlp") if record["mode"] in modes]
+    columns = {"layer": _get("work"), "n": _get("n"), "rows": _get("rows"), "layout": _get("layout")}
+    columns |= {"mode": _get("mode")} if len(modes) > 1 else {}
+    return _table(records, columns | _PAIR)
+
+
+def _attention() -> str:
+    columns = {
+        "N": _get("n"),
+        "group": _get("radix"),
+        "all tokens": _time("full_ms"),
+        "level 0": lambda record: _milliseconds(record["level_ms"][0]),
+        "level 1": lambda record: _milliseconds(record["level_ms"][1]),
+        "faster": _faster,
+        "to reach": _reach,
+        "aim": _get("aim"),
+        "dearest / cheapest": _get("dearest_to_cheapest"),
+    }
+    return _table(_records("attention"), columns)
+
+
+def _memory() -> str:
+    columns = {"N": _get("n"), "copies of q, k and v": _get("copies_of_qkv"), "to stay below": _get("below")}
+    return _table(_records("memory"), columns)
+
+
+def _models(subject: str) -> str:
+    columns = {"model": _get("work"), "against": _get("against"), "backend": _get("backend"), "batch": _get("batch")}
+    if subject == "twins":
+        del columns["against"]
+    return _table(_records(subject), columns | _PAIR)
+
+
+def _front() -> str:
+    columns = {
+        "model": _get("work"),
+        "ms": _time("ms"),
+        "parameters": lambda record: f"{record['params']:,}",
+        "MMACs": lambda record: f"{record['macs'] / 1e6:.1f}",
+        "top-1, CIFAR-10": lambda record: "" if record["top1"] is None else f"{record['top1']:.2f}",
+    }
+    return _table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
+
+
+def _table(records: Sequence[Record], columns: dict[str, Callable[[Record], object]]) -> str:
+    rows = [list(columns), ["---"] * len(columns)]
+    rows += [[str(value(record)) for value in columns.values()] for record in records]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _get(key: str) -> Callable[[Record], object]:
+    return lambda record: record[key]
+
+
+def _time(key: str) -> Callable[[Record], object]:
+    return lambda record: _milliseconds(record[key])
+
+
+def _milliseconds(timing: dict[str, float]) -> str:
+    return f"{timing['median']:.4g} ({timing['low']:.4g}-{timing['high']:.4g})"
+
+
+def _faster(record: Record) -> str:
+    return f"{record['faster']:.3g}"
+
+
+def _reach(record: Record) -> str:
+    if record["reach"] is None:
+        return ""
+    return f"{record['reach']:.3g}" + " **short**" * (record["faster"] < record["reach"])
+
+
+_PAIR: dict[str, Callable[[Record], object]] = {
+    "sparse": _time("sparse_ms"),
+    "dense": _time("dense_ms"),
+    "MACs": lambda record: f"1/{record['mac_ratio']:.3g}",
+    "faster": _faster,
+    "to reach": _reach,
+}
+
+TABLES: dict[str, Callable[[], str]] = {
+    "machine": _machine,
+    "layers": lambda: _layers(["float32"]),
+    "modes": lambda: _layers(["bfloat16", "training"]),
+    "attention": _attention,
+    "memory": _memory,
+    "twins": lambda: _models("twins"),
+    "equals": lambda: _models("equals"),
+    "front": _front,
+}
