@@ -5,8 +5,8 @@ a step cuts the image into patches, runs LayerNorm and one MLP on the values of 
 5x5 and 7x7 on a 35x35 image alternate; what one keeps apart the other brings together. Depth counts pairs of steps.
 
 The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
-image to more channels with a convolution first, which for larger inputs is strided. The dense twin adds, to every step,
-an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
+image to more channels with one convolution or two first, strided in `tiny` and for larger inputs. The dense twin adds,
+to every step, an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
 """
 
 from typing import Any
