@@ -135,6 +135,18 @@ def test_small_groups_train_by_products_with_the_gradients_of_the_fused_kernel(m
     _close(products, layer.qkv.weight.grad)
 
 
+def test_small_groups_in_bfloat16_attend_by_products_too(monkeypatch):
+    layer, x = ButterflyAttention(8, ButterflySchedule(64, 8).levels[1], num_heads=2), torch.randn(2, 64, 8)
+    expected = layer(x)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    with torch.no_grad():
+        actual = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert actual.dtype == torch.bfloat16
+    assert (actual.double() - expected).abs().max() < 0.02
+    with torch.no_grad(), pytest.raises(TypeError):
+        layer.float()(x.float())  # by the fused kernel
+
+
 def test_butterfly_attention_without_bias_and_with_heads_that_do_not_divide():
     level = ButterflySchedule(4, 2).levels[1]
     layer = ButterflyAttention(8, level, num_heads=2, qkv_bias=False)

@@ -7,17 +7,12 @@ from torch import Tensor
 @torch.jit.unused
 def runs_eagerly(x: Tensor) -> bool:
     """Inference on a CPU that nobody traces, compiles or differentiates."""
-    return not torch.is_grad_enabled() and _on_cpu_untraced(x)
+    return not torch.is_grad_enabled() and on_cpu_untraced(x)
 
 
 @torch.jit.unused
-def trains_on_cpu(x: Tensor) -> bool:
-    """A pass on a CPU that is differentiated, and that nobody traces or compiles."""
-    return torch.is_grad_enabled() and _on_cpu_untraced(x)
-
-
-@torch.jit.unused
-def _on_cpu_untraced(x: Tensor) -> bool:
+def on_cpu_untraced(x: Tensor) -> bool:
+    """A pass on a CPU, with or without gradients, that nobody traces or compiles."""
     return not (
         isinstance(x, torch.fx.Proxy)
         or torch.compiler.is_compiling()
