@@ -40,6 +40,14 @@ def test_predictions_are_the_softmax_of_the_model_best_first(classifier, cifar_r
     assert predictions[0].score == pytest.approx(expected.max().item(), abs=1e-6)
 
 
+def test_a_classifier_runs_the_model_with_its_batch_norms_folded(classifier, cifar_rows, tiny):
+    model = timm.create_model(tiny.architecture, num_classes=10, checkpoint_path=str(tiny.checkpoint)).eval()
+    x = classifier.transform(cifar_rows[0][0])[None]
+    with torch.inference_mode():
+        assert (classifier.runtime.model(x) - model(x)).abs().max() < 1e-5
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in classifier.runtime.model.modules())
+
+
 def test_paths_images_arrays_bytes_and_tensors_agree(classifier, photo):
     image = Image.open(photo)
     pixels = np.asarray(image)
