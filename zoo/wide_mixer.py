@@ -352,6 +352,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide_mixer_c48_32": _C48,
     "rp_mixer_c48_32": _C48 | {"mixing": "rp"},
     "sw_mlp_mixer_c48_32": _C48 | {"mixing": "sparse"},
+    # Ours: as wide as an hour of two CPU cores trains well.
+    "wide_mixer_c192_32": _C48 | {"channels": 192},
     # C = S, the widest at its number of connections.
     "wide_mixer_simple_32": _SQUARE,
     "rp_mixer_simple_32": _SQUARE | {"mixing": "rp"},
