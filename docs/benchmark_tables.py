@@ -16,6 +16,11 @@ def fill(text: str) -> str:
     return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->", text)
 
 
+def latency() -> dict[str, float]:
+    """Milliseconds for a batch by architecture, all measured in turn in one run."""
+    return {record["work"]: record["ms"]["median"] for record in _records("front")}
+
+
 def _read(subject: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{subject}.json").read_text(encoding="utf-8"))
 

@@ -35,7 +35,8 @@ Top-1, top-5 and per-class accuracy are percentages of the held-out test images,
 with the averaged (EMA) weights and no test-time augmentation. NLL is in nats; ECE, in percent, has 15 bins. MACs are
 multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1 where the training was repeated
 with other seeds (their cards are in docs/seeds); the row itself is of one. `dimmix eval DATA --model NAME --check`
-repeats a row.
+repeats a row's accuracy. Milliseconds are of [docs/performance.md](docs/performance.md), measured by
+`python -m benchmarks` on two CPU cores in float32.
 
 ## Intended use
 
@@ -110,6 +111,7 @@ def _draw_accuracy(found: list[Card]) -> None:
 
 
 def _table(found: list[Card], short: bool = False) -> str:
+    latency = benchmark_tables.latency()
     columns = {
         "model": lambda card: f"`{card.name}`",
         "top-1 %": lambda card: f"{card.top1:.2f}",
@@ -118,15 +120,26 @@ def _table(found: list[Card], short: bool = False) -> str:
         "ECE %": lambda card: f"{100 * card.ece:.2f}",
         "params": lambda card: f"{card.params:,}",
         "MMACs": lambda card: f"{card.macs / 1e6:.1f}",
+        "ms, 64 images": lambda card: f"{latency[card.architecture]:.1f}" if card.architecture in latency else "",
         "seeds": _seeds,
         "trained": lambda card: f"{card.epochs} epochs, {card.train_minutes:.0f} min",
     }
     if short:
-        columns = {name: columns[name] for name in ("model", "top-1 %", "params", "MMACs", "trained")}
+        columns = {name: columns[name] for name in ("model", "top-1 %", "params", "MMACs", "ms, 64 images")}
     rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    best_first = sorted(found, key=lambda card: (card.dataset, -card.top1))
-    rows += [[value(card) for value in columns.values()] for card in best_first]
+    rows += [[value(card) for value in columns.values()] for card in _best_first(found)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _best_first(found: list[Card]) -> list[Card]:
+    """By data set and accuracy, each dense twin below its sparse model."""
+    reached = {(card.dataset, card.architecture): card.top1 for card in found}
+
+    def key(card: Card) -> tuple[str, float, str]:
+        sparse = card.architecture.removesuffix("_dense")
+        return card.dataset, -reached.get((card.dataset, sparse), card.top1), card.architecture
+
+    return sorted(found, key=key)
 
 
 def _seeds(card: Card) -> str:

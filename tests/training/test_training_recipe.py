@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import timm
 
+import dimmix.training.teacher  # noqa: F401, registers it
 from dimmix.errors import DimmixError
 from dimmix.training.recipe import parse_recipe, read_recipe
 
