@@ -73,9 +73,11 @@ def throughput(folder: Path, model: str | None, images: int, rounds: int) -> dic
     import numpy as np
 
     from dimmix import Classifier
+    from dimmix.allocator import keep_freed_memory
     from dimmix.classifier import load_batches
     from dimmix.images import sample_images
 
+    keep_freed_memory()  # as the command line does
     name, weights = weights_of(model, folder)
     classifier = Classifier(name, "cpu", weights[1] if weights else None)
     photos = folder / "photos"
