@@ -93,9 +93,13 @@ def _command_line() -> str:
         "`predict` over the slower of the two": ("predict_over_bound", "at least 0.8"),
     }
     records = [
-        {"what": what, "measured": f"{measured[key]:.3g}", "to reach": mark} for what, (key, mark) in rows.items()
+        {"what": what, "measured": _rounded(measured[key]), "to reach": mark} for what, (key, mark) in rows.items()
     ]
     return _table(records, {name: _get(name) for name in ("what", "measured", "to reach")})
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(records: Sequence[Record], columns: dict[str, Callable[[Record], object]]) -> str:

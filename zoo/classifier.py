@@ -127,11 +127,11 @@ class Classifier:
         self, images: Iterable[Any], topk: int = 5, *, batch_size: int = 64, workers: int | None = None
     ) -> Iterator[Result]:
         """A `Result` for each image in turn, as batches fill, in bounded memory; `images` may hold errors."""
-        for image, logits in self._stream(self.runtime.logits, images, batch_size, workers):
-            if isinstance(logits, ImageError):
-                yield Result(describe(image), [], logits.reason)
+        for image, scores in self._stream(self._scores, images, batch_size, workers):
+            if isinstance(scores, ImageError):
+                yield Result(describe(image), [], scores.reason)
             else:
-                yield Result(describe(image), self.top(logits, topk))
+                yield Result(describe(image), self._top(scores, topk))
 
     def stream_embeddings(
         self, images: Iterable[Any], *, batch_size: int = 64, workers: int | None = None
@@ -140,9 +140,10 @@ class Classifier:
         for image, row in self._stream(self.runtime.embed, images, batch_size, workers):
             yield describe(image), row
 
-    def top(self, logits: np.ndarray, topk: int) -> list[Prediction]:
-        """The `topk` likeliest classes of one image's logits, best first."""
-        scores = softmax(logits)
+    def _scores(self, batch: np.ndarray) -> np.ndarray:
+        return softmax(self.runtime.logits(batch))
+
+    def _top(self, scores: np.ndarray, topk: int) -> list[Prediction]:
         best = np.argsort(-scores, kind="stable")[:topk]
         return [Prediction(self.labels[index], int(index), float(scores[index])) for index in best]
 

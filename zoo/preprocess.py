@@ -58,10 +58,11 @@ class Preprocess:
 
     def normalize(self, crops: np.ndarray) -> np.ndarray:
         """uint8 (..., H, W, C) to float32 (..., C, H, W)."""
-        scaled = crops.astype(np.float32) / np.float32(255)
-        scaled -= np.array(self.mean, np.float32)
-        scaled /= np.array(self.std, np.float32)
-        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        planes = np.ascontiguousarray(np.moveaxis(crops, -1, -3))  # first: NumPy is slow along an axis of three
+        scaled = planes * (1 / (255 * std))
+        scaled -= mean / std
+        return scaled
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An image in any mode to float32 (C, H, W)."""
