@@ -9,8 +9,8 @@ from .eager import on_cpu_untraced
 from .permute import Permute
 
 SMALL_GROUP = 64
-"""Up to so many tokens in a group, training on a CPU keeps the scores, and so does bfloat16: the fused kernel takes five
-times as long there (docs/performance.md), and the scores of such groups are few."""
+"""Up to so many tokens in a group, training on a CPU keeps the scores, and so does bfloat16: the fused kernel takes
+five times as long there (docs/performance.md), and the scores of such groups are few."""
 
 
 class ButterflyAttention(nn.Module):
@@ -77,7 +77,7 @@ class ButterflyAttention(nn.Module):
     def attend(self, qkv: Tensor) -> Tensor:
         """q, k and v of every token, (3, B * N, C) -> what each token attends to, (B * N, C)."""
         q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
-        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
+        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
             wanted = torch.is_grad_enabled() or qkv.dtype == torch.bfloat16
             if self.radix <= SMALL_GROUP and wanted and on_cpu_untraced(qkv):
                 return _attend_by_products(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
