@@ -35,7 +35,6 @@ SPARSE = (
     "vit_butterfly_tiny_patch4_32",
     "vit_butterfly_tiny_patch2_32",
     "butterfly_mixer_nano_32",
-    "butterfly_mixer_tiny_32",
     "patch_only_mixer_tiny_32",
 )
 """Measured besides the models that have weights."""
