@@ -142,6 +142,15 @@ def test_memory_is_flat_over_twenty_thousand_files(process, brightest, red, tmp_
     assert peaks[1] <= 1.3 * peaks[0]
 
 
+@pytest.fixture
+def heard_ctrl_c():
+    """Children hear Ctrl-C even where the tests run in the background, which a shell lets ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_is_exit_130_and_keeps_what_is_finished(brightest, red, tmp_path):
     listing = tmp_path / "list.txt"
     listing.write_text(f"{red}\n" * 1_000_000)
