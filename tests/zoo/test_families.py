@@ -100,7 +100,7 @@ def test_images_of_a_batch_do_not_mix(name):
 def test_stochastic_depth_drops_whole_images_in_the_mixer():
     model = timm.create_model("butterfly_mixer_nano_32", drop_path_rate=0.5).train()
     block = model.blocks[-1]
-    x = torch.randn(64, 40, 144)
+    x = torch.randn(64, 40, 192)
     changed = (block(x) != x).flatten(2).any(2)  # (tokens, images)
     assert (changed == changed[0]).all()
     assert 0 < changed[0].sum() < 40
@@ -147,7 +147,7 @@ def test_vit_refuses_what_it_cannot_become():
         ("vit_butterfly_nano_patch4_32", {"token_order": "hilbert"}, "token_order='hilbert'"),
         ("butterfly_mixer_nano_32", {"mixing": "conv"}, "is not one of 'butterfly', 'monarch', 'dense'"),
         ("patch_only_mixer_tiny_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
-        ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 30x30"),
+        ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 15x15"),
         ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
         ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
         ("butterfly_resnet_nano_32", {"global_pool": "median"}, "global_pool='median' is not one of"),
@@ -175,14 +175,14 @@ def test_patch_only_mixer_reaches_every_pixel_and_one_step_does_not():
     model = _create("patch_only_mixer_tiny_32", depth=3).double()
 
     def reached(blocks):
-        x = torch.zeros(1, 4, 30, 30, dtype=torch.float64, requires_grad=True)
+        x = torch.zeros(1, 8, 15, 15, dtype=torch.float64, requires_grad=True)
         with torch.no_grad():
             start = torch.randn_like(x)
-        blocks(x + start)[0, 0, 15, 15].backward()
+        blocks(x + start)[0, 0, 7, 7].backward()
         return (x.grad != 0).all(1).double().mean().item()
 
-    assert reached(model.blocks[0][0]) == pytest.approx(25 / 900)
-    assert reached(model.blocks) > reached(model.blocks[:1]) > 25 / 900
+    assert reached(model.blocks[0][0]) == pytest.approx(9 / 225)
+    assert reached(model.blocks) > reached(model.blocks[:1]) > 9 / 225
     dense = _create("patch_only_mixer_tiny_32_dense").double()
     assert reached(dense.blocks[0][0]) == 1.0
 
@@ -201,7 +201,7 @@ def test_intermediates_in_both_layouts():
     x = _image(model)
     maps = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
     tokens = model.forward_intermediates(x, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
-    assert maps.shape == (2, 144, 8, 8)
+    assert maps.shape == (2, 192, 8, 8)
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), tokens)
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
