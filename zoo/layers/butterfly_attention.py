@@ -78,9 +78,9 @@ class ButterflyAttention(nn.Module):
         """q, k and v of every token, (3, B * N, C) -> what each token attends to, (B * N, C)."""
         q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
-            if self.radix <= SMALL_GROUP and on_cpu_untraced(qkv):  # before anything is asked of a traced value
-                if torch.is_grad_enabled() or qkv.dtype == torch.bfloat16:
-                    return _attend_by_products(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
+            small = self.radix <= SMALL_GROUP and on_cpu_untraced(qkv)  # before anything is asked of a traced value
+            if small and (torch.is_grad_enabled() or qkv.dtype == torch.bfloat16):
+                return _attend_by_products(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
 
     def extra_repr(self) -> str:
