@@ -17,7 +17,6 @@ def describe() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "system": platform.platform(terse=True),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
         "date": datetime.now(UTC).date().isoformat(),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dimmix import __version__
+from dimmix.allocator import keep_freed_memory
 from dimmix.errors import DimmixError
 
 from .sink import note
@@ -99,6 +100,7 @@ def main() -> None:
     """The console script: usage errors exit with 2, failed inputs with 1, Ctrl-C with 130."""
     if os.environ.get("DIMMIX_DEBUG") != "1":
         warnings.simplefilter("ignore")
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

@@ -75,12 +75,9 @@ class Run:
     quiet: QuietOption = False
 
     def classifier(self) -> "Classifier":
-        """What the options name; for a model that torch runs, memory that it frees stays with the process."""
-        from dimmix.allocator import keep_freed_memory
+        """What the options name."""
         from dimmix.classifier import Classifier
 
-        if not (self.model or "").endswith(".onnx"):
-            keep_freed_memory()
         return Classifier(self.model, self.device, self.checkpoint, amp=self.amp)
 
 

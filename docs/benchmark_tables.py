@@ -40,7 +40,7 @@ def _layers(modes: Sequence[str]) -> str:
     records = [record for record in _records("linear", "mlp") if record["mode"] in modes]
     columns = {"layer": _get("work"), "n": _get("n"), "rows": _get("rows"), "layout": _get("layout")}
     columns |= {"mode": _get("mode")} if len(modes) > 1 else {}
-    return _table(records, columns | _PAIR)
+    return markdown_table(records, columns | _PAIR)
 
 
 def _attention() -> str:
@@ -55,19 +55,19 @@ def _attention() -> str:
         "aim": _get("aim"),
         "dearest / cheapest": _get("dearest_to_cheapest"),
     }
-    return _table(_records("attention"), columns)
+    return markdown_table(_records("attention"), columns)
 
 
 def _memory() -> str:
     columns = {"N": _get("n"), "copies of q, k and v": _get("copies_of_qkv"), "to stay below": _get("below")}
-    return _table(_records("memory"), columns)
+    return markdown_table(_records("memory"), columns)
 
 
 def _models(subject: str) -> str:
     columns = {"model": _get("work"), "against": _get("against"), "backend": _get("backend"), "batch": _get("batch")}
     if subject == "twins":
         del columns["against"]
-    return _table(_records(subject), columns | _PAIR)
+    return markdown_table(_records(subject), columns | _PAIR)
 
 
 def _front() -> str:
@@ -78,7 +78,7 @@ def _front() -> str:
         "MMACs": lambda record: f"{record['macs'] / 1e6:.1f}",
         "top-1, CIFAR-10": lambda record: "" if record["top1"] is None else f"{record['top1']:.2f}",
     }
-    return _table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
+    return markdown_table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
 
 
 def _command_line() -> str:
@@ -95,15 +95,16 @@ def _command_line() -> str:
     records = [
         {"what": what, "measured": _rounded(measured[key]), "to reach": mark} for what, (key, mark) in rows.items()
     ]
-    return _table(records, {name: _get(name) for name in ("what", "measured", "to reach")})
+    return markdown_table(records, {name: _get(name) for name in ("what", "measured", "to reach")})
 
 
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(records: Sequence[Record], columns: dict[str, Callable[[Record], object]]) -> str:
-    rows = [list(columns), ["---"] * len(columns)]
+def markdown_table(records: Sequence[Any], columns: dict[str, Callable[[Any], object]]) -> str:
+    """A row a record, the first column to the left."""
+    rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
     rows += [[str(value(record)) for value in columns.values()] for record in records]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -32,11 +32,11 @@ alike. Architectures: Dimension Mixer ([arXiv:2311.18735](https://arxiv.org/abs/
 {table}
 
 Top-1, top-5 and per-class accuracy are percentages of the held-out test images, looked at once, after the last epoch,
-with the averaged (EMA) weights and no test-time augmentation. NLL is in nats; ECE, in percent, has 15 bins. MACs are
-multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1 where the training was repeated
-with other seeds (their cards are in docs/seeds); the row itself is of one. `dimmix eval DATA --model NAME --check`
-repeats a row's accuracy. Milliseconds are of [docs/performance.md](docs/performance.md), measured by
-`python -m benchmarks` on two CPU cores in float32.
+with the averaged (EMA) weights, in the precision that is stored, and no test-time augmentation. NLL is in nats; ECE, in
+percent, has 15 bins. MACs are multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1
+where the training was repeated with other seeds (their cards are in docs/seeds); the row itself is of one.
+`dimmix eval DATA --model NAME --check` repeats a row's accuracy. Milliseconds are of
+[docs/performance.md](docs/performance.md), measured by `python -m benchmarks` on two CPU cores in float32.
 
 ## Intended use
 
@@ -126,9 +126,7 @@ def _table(found: list[Card], short: bool = False) -> str:
     }
     if short:
         columns = {name: columns[name] for name in ("model", "top-1 %", "params", "MMACs", "ms, 64 images")}
-    rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    rows += [[value(card) for value in columns.values()] for card in _best_first(found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return benchmark_tables.markdown_table(_best_first(found), columns)
 
 
 def _best_first(found: list[Card]) -> list[Card]:
@@ -175,7 +173,8 @@ def _model_card(found: list[Card]) -> str:
         ],
     )
     training = "\n".join(
-        f"- `{card.name}`: seed {card.seed}, {card.epochs} epochs, {card.train_minutes:.1f} minutes at "
+        f"- `{card.name}`: seed {card.seed}, {card.epochs} epochs, "
+        f"{f'taught by {card.teacher} on the same images, ' if card.teacher else ''}{card.train_minutes:.1f} minutes at "
         f"{card.images_per_second:.0f} images/s on {card.hardware}; `{card.command}`."
         for card in found
     )

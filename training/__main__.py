@@ -65,7 +65,6 @@ def train(
         quiet=quiet,
         cache=runs / "cache",
     )
-    keep_freed_memory()
     card = run(parsed, options)
     if card:
         print(card.to_json(), end="")
@@ -73,6 +72,7 @@ def train(
 
 def main() -> None:
     """What `python -m` and torchrun start."""
+    keep_freed_memory()
     try:
         typer.run(train)
     except DimmixError as error:
