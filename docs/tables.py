@@ -175,7 +175,8 @@ def _model_card(found: list[Card]) -> str:
     training = "\n".join(
         f"- `{card.name}`: seed {card.seed}, {card.epochs} epochs, "
         f"{f'taught by {card.teacher} on the same images, ' if card.teacher else ''}"
-        f"{card.train_minutes:.1f} minutes at {card.images_per_second:.0f} images/s on {card.hardware}; `{card.command}`."
+        f"{card.train_minutes:.1f} minutes at {card.images_per_second:.0f} images/s on {card.hardware}; "
+        f"`{card.command}`."
         for card in found
     )
     classes = "\n".join(
