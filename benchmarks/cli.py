@@ -74,8 +74,8 @@ def throughput(folder: Path, model: str | None, images: int, rounds: int) -> dic
 
     from dimmix import Classifier
     from dimmix.allocator import keep_freed_memory
-    from dimmix.classifier import load_batches
     from dimmix.images import sample_images
+    from dimmix.stream import load_batches
 
     keep_freed_memory()  # as the command line does
     name, weights = weights_of(model, folder)

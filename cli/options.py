@@ -52,7 +52,13 @@ CheckpointOption = Annotated[
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images that go through at once.")]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", "-j", min=1, help="Threads that read images. Default: one a core, at most 8.")
+    int | None,
+    typer.Option(
+        "--workers",
+        "-j",
+        min=1,
+        help="Threads that read images ahead of the model. Default: every core reads and runs its own part, at most 8.",
+    ),
 ]
 AmpOption = Annotated[bool, typer.Option("--amp", help="Run the model in bfloat16 where that is safe.")]
 SplitOption = Annotated[str | None, typer.Option("--split", help="The split to use. Default: the held-out one.")]

@@ -1,14 +1,11 @@
 """`Classifier`: weights, transform and labels in, predictions out. The command line and Python users call the same."""
 
-import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,8 +15,7 @@ from .errors import DimmixError
 from .images import ImageError, describe, open_image
 from .preprocess import TooThinError
 from .runtime import Runtime, load_runtime
-
-T = TypeVar("T")
+from .stream import run_batches
 
 
 @dataclass(frozen=True)
@@ -173,11 +169,11 @@ class Classifier:
     def _stream(
         self, function: Callable[[np.ndarray], np.ndarray], images: Iterable[Any], batch_size: int, workers: int | None
     ) -> Iterator[tuple[Any, Any]]:
-        for batch in load_batches(images, self.prepare, batch_size, workers):
-            good = [item for _, item in batch if not isinstance(item, ImageError)]
-            rows = iter(function(self.to_batch(good))) if good else iter(())
-            for image, item in batch:
-                yield image, item if isinstance(item, ImageError) else next(rows)
+        def run(prepared: list[np.ndarray]) -> np.ndarray:
+            return function(self.to_batch(prepared))
+
+        for batch in run_batches(images, self.prepare, run, self.runtime, batch_size, workers):
+            yield from batch
 
     def _is_single(self, images: Any) -> bool:
         if isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
@@ -189,43 +185,6 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities along the last axis, in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
-
-
-def load_batches(
-    items: Iterable[T], load: Callable[[T], np.ndarray], batch_size: int, workers: int | None = None
-) -> Iterator[list[tuple[T, np.ndarray | ImageError]]]:
-    """Batches of items with what `load` made of each, in order; threads work ahead by two batches, no further.
-
-    An `ImageError` that `load` raises stands in the place of its result.
-    """
-    workers = workers or min(8, os.cpu_count() or 1)
-    chunk = max(1, min(16, batch_size // workers))
-    remaining = iter(items)
-    chunks = iter(lambda: list(itertools.islice(remaining, chunk)), [])
-    ahead = max(2 * batch_size // chunk, workers)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            pending = deque(pool.submit(_load_chunk, load, part) for part in itertools.islice(chunks, ahead))
-            batch: list[tuple[T, np.ndarray | ImageError]] = []
-            while pending:
-                batch += pending.popleft().result()
-                pending.extend(pool.submit(_load_chunk, load, part) for part in itertools.islice(chunks, 1))
-                while len(batch) >= batch_size or (batch and not pending):
-                    yield batch[:batch_size]
-                    batch = batch[batch_size:]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _load_chunk(load: Callable[[T], np.ndarray], items: list[T]) -> list[tuple[T, np.ndarray | ImageError]]:
-    return [(item, _load_one(load, item)) for item in items]
-
-
-def _load_one(load: Callable[[T], np.ndarray], item: T) -> np.ndarray | ImageError:
-    try:
-        return load(item)
-    except ImageError as error:
-        return error
 
 
 def _is_floating(image: Any) -> bool:

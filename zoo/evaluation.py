@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .classifier import Classifier, load_batches, softmax
+from .classifier import Classifier, softmax
 from .datasets import LabelledImages, Sample, match_labels
 from .errors import DimmixError
 from .images import ImageError
+from .stream import run_batches
 
 BINS = 15
 """Equal bins of confidence for the calibration error."""
@@ -164,15 +165,17 @@ def evaluate(
         except ImageError as error:
             raise ImageError(sample.source, error.reason) from error
 
-    for batch in load_batches(track(dataset), load, batch_size, workers):
-        evaluation.errors += [item for _, item in batch if isinstance(item, ImageError)]
-        good = [(sample, item) for sample, item in batch if not isinstance(item, ImageError)]
+    def run(prepared: list[np.ndarray]) -> np.ndarray:
+        return classifier.runtime.logits(classifier.to_batch(prepared))
+
+    for batch in run_batches(track(dataset), load, run, classifier.runtime, batch_size, workers):
+        evaluation.errors += [row for _, row in batch if isinstance(row, ImageError)]
+        good = [(sample, row) for sample, row in batch if not isinstance(row, ImageError)]
         if not good:
             continue
         samples = [sample for sample, _ in good]
         labels = np.array([_model_index(sample, mapping, dataset, len(classifier.labels)) for sample in samples])
-        logits = classifier.runtime.logits(classifier.to_batch([item for _, item in good]))
-        for answer in evaluation.update(logits, labels, samples):
+        for answer in evaluation.update(np.stack([row for _, row in good]), labels, samples):
             on_answer(answer)
     evaluation.seconds = time.perf_counter() - start
     if not evaluation.images:

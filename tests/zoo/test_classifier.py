@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from dimmix import Classifier
-from dimmix.classifier import load_batches
 from dimmix.errors import DimmixError
 from dimmix.images import ImageError
 
@@ -82,20 +81,6 @@ def test_a_stream_is_lazy(classifier, cifar_rows):
     endless = itertools.cycle([cifar_rows[0][0]])
     results = list(itertools.islice(classifier.stream(endless, batch_size=4, workers=2), 6))
     assert [result.predictions[0] for result in results] == [results[0].predictions[0]] * 6
-
-
-def test_loading_works_ahead_by_a_bounded_number_and_keeps_the_order():
-    taken = []
-
-    def items():
-        for number in itertools.count():
-            taken.append(number)
-            yield number
-
-    batches = load_batches(items(), lambda number: np.array(number), batch_size=8, workers=2)
-    assert [item for item, _ in next(batches)] == list(range(8))
-    assert len(taken) <= 8 * 4
-    batches.close()
 
 
 def test_a_float_array_of_another_shape_is_refused(classifier):
