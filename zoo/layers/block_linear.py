@@ -8,7 +8,7 @@ covers both levels of every two-level butterfly. Levels between those copy once.
 Callers have features last. The first product reads them so, and the last one writes (blocks, rows, radix): what is left
 is to bring the rows to the front, in runs of `radix`, and a transpose of `radix` by `stride` in each row. That is five
 times as fast as to transpose (n, rows). Where no gradient is wanted, a CPU does all of it tile by tile, so that
-what passes between the levels stays in its cache.
+what passes between the levels stays in its cache; and what is small comes back as a transposed view.
 """
 
 import math
@@ -22,6 +22,9 @@ from .permute import Permute, transpose_last
 
 TILE = 2**18
 """Numbers in a tile of rows; four tiles and fewer stay whole. The fastest of 2**15 to 2**20, on cores of 1 MiB L2."""
+
+SMALL = 2**16
+"""So many numbers and fewer stay in the cache, where to read them across costs less than to bring them in order."""
 
 
 class BlockLinear(nn.Module):
@@ -89,7 +92,11 @@ class FeatureMixer(nn.Module):
 
     @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
-        if not runs_eagerly(x) or x.numel() <= 4 * TILE:
+        if not runs_eagerly(x):
+            return self.mix(x.t(), True)
+        if x.numel() <= SMALL:
+            return self.mix(x.t()).reshape(-1, len(x)).t()
+        if x.numel() <= 4 * TILE:
             return self.mix(x.t(), True)
         tiles = x.split(max(TILE // x.shape[1], 1))
         first = self.mix(tiles[0].t(), True)
@@ -124,16 +131,25 @@ class LevelView(nn.Module):
         rows = x.shape[-1]
         if self.permute is not None:
             x = self.permute(x.reshape(self.n, -1))
+        # The two levels of a butterfly of two: on one image, each view less is time saved.
+        if self.stride == 1:
+            return x.reshape(self.groups, block, rows)
+        if self.groups == 1:
+            return x.reshape(block, self.stride, rows).transpose(0, 1)
         x = x.reshape(self.groups, block, self.stride, rows).transpose(1, 2)
         return x.reshape(self.blocks, block, rows)
 
     def merge(self, x: Tensor) -> Tensor:
         """(blocks, block, rows) -> (groups, block, stride, rows), features in natural order, not copied.
 
-        Left in four axes because only a copy could flatten them: the next `split`, or a sum, reads it where it lies.
+        Left in four axes, or three where groups or stride is 1, because only a copy could flatten them: the next
+        `split`, or a sum, reads it where it lies.
         """
         rows = x.shape[-1]
-        x = x.unflatten(0, [self.groups, self.stride]).transpose(1, 2)
+        if self.groups == 1:
+            x = x.transpose(0, 1)
+        elif self.stride > 1:
+            x = x.unflatten(0, [self.groups, self.stride]).transpose(1, 2)
         if self.permute is not None:
             x = self.permute.undo(x.reshape(self.n, -1)).reshape(self.groups, -1, self.stride, rows)
         return x

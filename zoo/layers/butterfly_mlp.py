@@ -16,7 +16,7 @@ class DenseMlp(FeatureMixer):
         super().__init__()
         self.fc1 = nn.Linear(n, ratio * n, device=device, dtype=dtype)
         self.fc2 = nn.Linear(ratio * n, n, device=device, dtype=dtype)
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
@@ -50,7 +50,7 @@ class MonarchMlp(FeatureMixer):
         super().__init__()
         self.fc1 = ButterflyLinear(n, ratio * n, radix, device=device, dtype=dtype)
         self.fc2 = ButterflyLinear(ratio * n, n, radix, device=device, dtype=dtype)
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
@@ -69,7 +69,7 @@ class BlockMlp(nn.Module):
         self.radix = radix
         self.fc1 = BlockLinear(view.blocks, radix, ratio * radix, device=device, dtype=dtype)
         self.fc2 = BlockLinear(view.blocks, ratio * radix, radix, device=device, dtype=dtype)
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first -> features first, leading axes as `LevelView.merge` leaves them, or (rows, features)."""
