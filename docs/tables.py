@@ -25,7 +25,8 @@ MODEL_CARD = """---
 # Model card: the dimmix checkpoints
 
 Small image classifiers with structured sparsity, trained from scratch on CIFAR-10 or CIFAR-100, and dense twins trained
-alike. Architectures: Dimension Mixer ([arXiv:2311.18735](https://arxiv.org/abs/2311.18735)).
+alike. Architectures: Dimension Mixer ([arXiv:2311.18735](https://arxiv.org/abs/2311.18735)) and, for the wide mixers,
+Understanding MLP-Mixer as a Wide and Sparse MLP ([arXiv:2306.01470](https://arxiv.org/abs/2306.01470)).
 
 ## Results
 
