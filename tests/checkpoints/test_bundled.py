@@ -12,7 +12,7 @@ import dimmix
 from dimmix.checkpoints import cards, find
 from dimmix.checkpoints.publish import write_folder
 
-CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BUNDLED = pytest.mark.parametrize("name", cards())
 FIRST = "butterfly_resnet20_convmix_w32.cifar10"
 
@@ -35,10 +35,18 @@ def test_card_tells_the_truth_about_its_file(name):
     assert (Path(__file__).parents[2] / card.recipe).exists()
 
 
-def test_the_shipped_photograph_is_a_cat():
-    best = dimmix.Classifier().predict(CAT, topk=1)[0]
-    assert best.label == "cat"
+@BUNDLED
+def test_the_shipped_photographs_are_named_right(name):
+    label = {"cifar10": "cat", "cifar100": "rocket"}[cards()[name].dataset]
+    best = dimmix.Classifier(name).predict(EXAMPLES / f"{label}.jpg", topk=1)[0]
+    assert best.label == label
     assert best.score > 0.5
+
+
+def test_the_default_is_the_best_of_a_hundred_classes():
+    name = dimmix.Classifier().name
+    hundred = [card for card in cards().values() if card.dataset == "cifar100"]
+    assert cards()[name].top1 == max(card.top1 for card in hundred)
 
 
 def test_timm_lists_and_loads_it_by_name_with_and_without_its_tag():
