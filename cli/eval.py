@@ -51,9 +51,9 @@ def evaluate(
 
     \b
     Examples:
-      dimmix eval photos/
-      dimmix eval test.parquet --format json
-      dimmix eval photos/ --predictions answers.csv --report report/
+      dimmix eval photos/ --model butterfly_resnet_fast_32.cifar10
+      dimmix eval test.parquet --model butterfly_resnet_fast_32.cifar10 --format json
+      dimmix eval photos/ --model butterfly_resnet_fast_32.cifar10 --predictions answers.csv --report report/
     """
     from dimmix.datasets import open_dataset
     from dimmix.evaluation import evaluate as measure
