@@ -20,4 +20,6 @@ def shortfalls(records: Iterable[dict[str, Any]]) -> list[str]:
             lines.append(f"{name}: a level takes {record['dearest_to_cheapest']} times the cheapest, at most {LEVELS}")
         if "below" in record and record["copies_of_qkv"] >= record["below"]:
             lines.append(f"{name}: holds {record['copies_of_qkv']} copies of q, k, v, to stay below {record['below']}")
+        if record.get("beaten_by"):
+            lines.append(f"{name}: {', '.join(record['beaten_by'])} as accurate and as fast")
     return lines

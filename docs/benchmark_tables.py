@@ -63,11 +63,21 @@ def _memory() -> str:
     return markdown_table(_records("memory"), columns)
 
 
-def _models(subject: str) -> str:
-    columns = {"model": _get("work"), "against": _get("against"), "backend": _get("backend"), "batch": _get("batch")}
-    if subject == "twins":
-        del columns["against"]
-    return markdown_table(_records(subject), columns | _PAIR)
+def _twins() -> str:
+    columns = {"model": _get("work"), "backend": _get("backend"), "batch": _get("batch")}
+    return markdown_table(_records("twins"), columns | _PAIR)
+
+
+def _equals() -> str:
+    columns = {
+        "model": _get("work"),
+        "top-1": lambda record: f"{record['sparse_top1']:.2f}",
+        "dense": _get("against"),
+        "its top-1": lambda record: f"{record['dense_top1']:.2f}",
+        "backend": _get("backend"),
+        "batch": _get("batch"),
+    }
+    return markdown_table(_records("equals"), columns | _PAIR)
 
 
 def _front() -> str:
@@ -77,6 +87,7 @@ def _front() -> str:
         "parameters": lambda record: f"{record['params']:,}",
         "MMACs": lambda record: f"{record['macs'] / 1e6:.1f}",
         "top-1, CIFAR-10": lambda record: "" if record["top1"] is None else f"{record['top1']:.2f}",
+        "beaten by": lambda record: ", ".join(record.get("beaten_by", ())),
     }
     return markdown_table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
 
@@ -132,8 +143,8 @@ def _reach(record: Record) -> str:
 
 
 _PAIR: dict[str, Callable[[Record], object]] = {
-    "sparse": _time("sparse_ms"),
-    "dense": _time("dense_ms"),
+    "ms": _time("sparse_ms"),
+    "ms, dense": _time("dense_ms"),
     "MACs": lambda record: f"1/{record['mac_ratio']:.3g}",
     "faster": _faster,
     "to reach": _reach,
@@ -145,8 +156,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "modes": lambda: _layers(["bfloat16", "training"]),
     "attention": _attention,
     "memory": _memory,
-    "twins": lambda: _models("twins"),
-    "equals": lambda: _models("equals"),
+    "twins": _twins,
+    "equals": _equals,
     "front": _front,
     "cli": _command_line,
 }

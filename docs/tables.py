@@ -101,7 +101,7 @@ def _draw_accuracy(found: list[Card]) -> None:
     for dataset, axes in zip(datasets, panels[0], strict=True):
         chosen = {card.architecture: card for card in found if card.dataset == dataset}
         for name, card in chosen.items():
-            dense = name.endswith("_dense")
+            dense = name.endswith("_dense") or name.startswith("resnet")
             axes.plot(card.macs, card.top1, "o" if dense else "s", color="tab:gray" if dense else "tab:blue")
             axes.annotate(name, (card.macs, card.top1), fontsize=7, xytext=(4, 3), textcoords="offset points")
             if twin := chosen.get(f"{name}_dense"):

@@ -218,6 +218,8 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "butterfly_resnet_small_224": _SMALL | {"stem_stride": 8},
     }
 )
+# The dense ResNet-20 that the sparse ones replace: the paper's baseline, and wider.
+VARIANTS |= {f"resnet20_w{width}": {"width": width, "mixing": "dense"} for width in (16, 20)}
 
 
 def _cfg(name: str, args: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.__main__ import Plan, main
 from benchmarks.check import shortfalls
+from benchmarks.models import _beats, _equal, equals
 from benchmarks.timing import compare, speedup, summary
 
 TINY = Plan(
@@ -69,10 +70,38 @@ def test_check_names_what_falls_short():
             {"work": "layer", "n": 16, "faster": 5.0, "reach": 4.0},
             {"work": "attention", "n": 4, "faster": 2.0, "reach": 1.0, "dearest_to_cheapest": 1.5},
             {"work": "memory", "n": 4, "copies_of_qkv": 1.6, "below": 1.5},
+            {"work": "mine", "batch": 64, "beaten_by": ["theirs"]},
+            {"work": "better", "batch": 64, "beaten_by": []},
         ]
     )
-    assert [line.split(":")[0] for line in lines] == ["layer 8", "attention 4", "memory 4"]
+    assert [line.split(":")[0] for line in lines] == ["layer 8", "attention 4", "memory 4", "mine 64"]
     assert lines[0] == "layer 8: 3 times as fast, to reach 4"
+
+
+def test_the_equal_is_the_narrowest_within_a_quarter_point_or_else_the_best():
+    dense = {"resnet20_w16": 90.0, "resnet20_w20": 91.5, "resnet20_w24": 91.2}
+    assert _equal(89.0, dense) == "resnet20_w16"
+    assert _equal(90.25, dense) == "resnet20_w16"
+    assert _equal(90.3, dense) == "resnet20_w20"
+    assert _equal(92.0, dense) == "resnet20_w20"
+
+
+def test_equals_put_a_sparse_resnet_beside_the_dense_one_of_its_accuracy(monkeypatch):
+    top1 = {"butterfly_resnet_nano_32": 90.0, "resnet20_w16": 89.9, "resnet20_w20": 91.0, "vit_butterfly_nano_32": 90.0}
+    monkeypatch.setattr("benchmarks.models._accuracies", lambda: top1)
+    records = equals(batches=(1,), seconds=0)
+    assert [(r["work"], r["against"], r["backend"]) for r in records] == [
+        ("butterfly_resnet_nano_32", "resnet20_w16", "fused"),
+        ("butterfly_resnet_nano_32", "resnet20_w16", "onnxruntime"),
+    ]
+    assert (records[0]["sparse_top1"], records[0]["dense_top1"], records[0]["reach"]) == (90.0, 89.9, 1.0)
+
+
+def test_a_model_of_timm_beats_ours_only_if_no_slower_and_no_less_accurate():
+    ours = {"top1": 90.0, "ms": {"median": 10.0}}
+    assert _beats({"top1": 90.0, "ms": {"median": 10.0}}, ours)
+    assert not _beats({"top1": 95.0, "ms": {"median": 10.1}}, ours)
+    assert not _beats({"top1": 89.9, "ms": {"median": 1.0}}, ours)
 
 
 def test_speedup_is_the_median_of_the_ratios_of_each_round():
