@@ -21,7 +21,7 @@ from .learner import Learner, predict
 from .lessons import Lessons, lessons_folder
 from .processes import Processes, join_processes
 from .recipe import Recipe, parse_recipe
-from .report import Reporter, measure, rounded_to_half, trim_log, write_checkpoint
+from .report import Reporter, commit_of, measure, rounded_to_half, trim_log, write_checkpoint
 from .state import read_state, write_state
 
 STATE, LOG = "state.safetensors", "log.jsonl"
@@ -98,6 +98,7 @@ class Run:
         self.held_out = Batches(held_out, recipe.augment, data.mean, data.std, processes.device)
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
         self.lessons = self._lessons()
+        self.commit = commit_of(recipe.path.parent)
         self.position = self._resume()
         quiet = options.quiet or processes.rank > 0
         self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet)
@@ -154,6 +155,7 @@ class Run:
             "split": "test" if self.options.split == "full" else "val",
             "images": len(self.held_out),
             "command": self.options.command,
+            "commit": self.commit,
             "train_minutes": round(self.position.seconds / 60, 2),
             "images_per_second": round(self.images_per_second, 1),
         }
@@ -215,7 +217,12 @@ class Run:
 
     def _save(self) -> None:
         if not self.processes.rank:
-            facts = {"recipe": self.recipe.to_json(), "split": self.options.split, "position": vars(self.position)}
+            facts = {
+                "recipe": self.recipe.to_json(),
+                "split": self.options.split,
+                "commit": self.commit,
+                "position": vars(self.position),
+            }
             write_state(self.options.folder / STATE, self.learner.tensors(), facts)
 
     def _resume(self) -> Position:
@@ -235,6 +242,7 @@ class Run:
                 f"{path} is of another recipe: {'; '.join(changed)}; put that back, choose another --name, or --restart"
             )
         self.learner.load_tensors(tensors)
+        self.commit = facts.get("commit", self.commit)  # what the run began with
         position = Position(**facts["position"])
         trim_log(folder / LOG, position.step // self.steps_per_epoch)
         return position

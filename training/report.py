@@ -120,7 +120,6 @@ def write_checkpoint(
         epochs=recipe.schedule.epochs,
         teacher=recipe.teacher.name if recipe.teacher else None,
         recipe=f"recipes/{recipe.path.name}",
-        commit=_commit(recipe.path.parent),
         hardware=_hardware(next(model.parameters()).device),
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm")},
         licence="Apache-2.0",
@@ -133,7 +132,7 @@ def write_checkpoint(
     return card
 
 
-def _commit(folder: Path) -> str:
+def commit_of(folder: Path) -> str:
     """The commit of the recipe's repository, empty where there is none."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:

@@ -6,8 +6,8 @@ Paper: Dimension Mixer, section 4.1 (arXiv 2311.18735), after MLP-Mixer (arXiv 2
   * "monarch": each Linear of an MLP is two block-diagonal factors (`sparse_linear`);
   * "dense": the MLP-Mixer.
 
-The `paper` variants are the paper's: linear patches, flattened head, no norm before it. Ours (`nano`, `tiny`, `small`)
-have a convolution stem, a last norm and average pooling.
+The `paper` variants are the paper's: linear patches, flattened head, no norm before it. Ours (`fast`, `nano`, `tiny`,
+`small`) have a convolution stem, a last norm and average pooling.
 
 Layout: blocks work on (N, B, C). Token mixing then sees tokens first and everything else as rows, which is what the
 mixing layers want, without a copy; channel mixing sees channels last, as LayerNorm does.
@@ -27,11 +27,15 @@ from .registry import register_variants, with_dense_twins
 from .trunk import Trunk, drop_path_rates
 
 
-def make_mlp(mixing: str, n: int, radix: int, ratio: int, drop: float, device=None, dtype=None) -> FeatureMixer:
-    """The MLP over `n` features that `mixing` names; `radix` means nothing to a dense one."""
+def make_mlp(
+    mixing: str, n: int, radix: int, ratio: int, drop: float, level_residual: bool = False, device=None, dtype=None
+) -> FeatureMixer:
+    """The MLP over `n` features that `mixing` names; `radix` and `level_residual` mean nothing to a dense one."""
     if mixing == "dense":
         return DenseMlp(n, ratio, drop, device, dtype)
-    return {"butterfly": ButterflyMlp, "monarch": MonarchMlp}[mixing](n, radix, ratio, drop, device, dtype)
+    if mixing == "monarch":
+        return MonarchMlp(n, radix, ratio, drop, device, dtype)
+    return ButterflyMlp(n, radix, ratio, drop, level_residual, device, dtype)
 
 
 class MixerBlock(nn.Module):
@@ -69,8 +73,10 @@ class ButterflyMixer(Trunk):
         mixing: "butterfly", "monarch" or "dense".
         token_radix, channel_radix: block sizes; None for the smallest divisor that is at least the square root.
         token_ratio, channel_ratio: hidden features per feature of the two MLPs.
+        level_residual: of the ButterflyMlps; the paper has none.
         conv_stem: embed patches with 3x3 convolutions; else with one linear map.
         stem_full_res: one more of them ahead of the strided ones.
+        stem_width: their channels, widened to `embed_dim` by a 1x1 convolution; None for `embed_dim` itself.
         final_norm: LayerNorm before the head.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
@@ -92,8 +98,10 @@ class ButterflyMixer(Trunk):
         channel_radix: int | None = None,
         token_ratio: int = 2,
         channel_ratio: int = 2,
+        level_residual: bool = False,
         conv_stem: bool = True,
         stem_full_res: bool = False,
+        stem_width: int | None = None,
         final_norm: bool = True,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -108,7 +116,8 @@ class ButterflyMixer(Trunk):
         super().__init__()
         if mixing not in ("butterfly", "monarch", "dense"):
             raise ValueError(f"mixing={mixing!r} is not one of 'butterfly', 'monarch', 'dense'")
-        self.stem = TokenStem(in_chans, embed_dim, to_2tuple(img_size), patch_size, conv_stem, stem_full_res, **dd)
+        size = to_2tuple(img_size)
+        self.stem = TokenStem(in_chans, embed_dim, size, patch_size, conv_stem, stem_full_res, stem_width, **dd)
         tokens = self.stem.grid[0] * self.stem.grid[1]
         token_radix = token_radix or square_radix(tokens)
         channel_radix = channel_radix or square_radix(embed_dim)
@@ -116,8 +125,8 @@ class ButterflyMixer(Trunk):
         self.blocks = nn.Sequential(
             *[
                 MixerBlock(
-                    make_mlp(mixing, tokens, token_radix, token_ratio, proj_drop_rate, **dd),
-                    make_mlp(mixing, embed_dim, channel_radix, channel_ratio, proj_drop_rate, **dd),
+                    make_mlp(mixing, tokens, token_radix, token_ratio, proj_drop_rate, level_residual, **dd),
+                    make_mlp(mixing, embed_dim, channel_radix, channel_ratio, proj_drop_rate, level_residual, **dd),
                     embed_dim,
                     rates[i],
                     **dd,
@@ -163,6 +172,15 @@ _PAPER = {
     "global_pool": "flatten",
 }
 _NANO = {"patch_size": 4, "embed_dim": 192, "depth": 6, "stem_full_res": True}
+# Wide and shallow on a narrow stem: few products, each in blocks wide enough to be quick.
+_FAST = {
+    "patch_size": 4,
+    "embed_dim": 400,
+    "depth": 4,
+    "channel_radix": 20,
+    "stem_full_res": True,
+    "stem_width": 128,
+}
 _TINY = {"patch_size": 4, "embed_dim": 256, "depth": 8, "stem_full_res": True}
 _SMALL = {"patch_size": 4, "embed_dim": 400, "depth": 10}
 
@@ -170,6 +188,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
     {
         # CIFAR-10 accuracy in the paper: butterfly 83.70 %, dense 84.07 %, Monarch 83.49 %.
         "butterfly_mixer_paper_d7": _PAPER,
+        "butterfly_mixer_fast_32": _FAST,
         "butterfly_mixer_nano_32": _NANO,
         "butterfly_mixer_tiny_32": _TINY,
         "butterfly_mixer_small_32": _SMALL,

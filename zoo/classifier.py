@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,11 @@ class Classifier:
         self, images: Iterable[Any], topk: int = 5, *, batch_size: int = 64, workers: int | None = None
     ) -> Iterator[Result]:
         """A `Result` for each image in turn, as batches fill, in bounded memory; `images` may hold errors."""
-        for image, scores in self._stream(self._scores, images, batch_size, workers):
-            if isinstance(scores, ImageError):
-                yield Result(describe(image), [], scores.reason)
+        for image, best in self._stream(partial(self._best, topk), images, batch_size, workers):
+            if isinstance(best, ImageError):
+                yield Result(describe(image), [], best.reason)
             else:
-                yield Result(describe(image), self._top(scores, topk))
+                yield Result(describe(image), best)
 
     def stream_embeddings(
         self, images: Iterable[Any], *, batch_size: int = 64, workers: int | None = None
@@ -136,12 +136,11 @@ class Classifier:
         for image, row in self._stream(self.runtime.embed, images, batch_size, workers):
             yield describe(image), row
 
-    def _scores(self, batch: np.ndarray) -> np.ndarray:
-        return softmax(self.runtime.logits(batch))
-
-    def _top(self, scores: np.ndarray, topk: int) -> list[Prediction]:
-        best = np.argsort(-scores, kind="stable")[:topk]
-        return [Prediction(self.labels[index], int(index), float(scores[index])) for index in best]
+    def _best(self, topk: int, batch: np.ndarray) -> list[list[Prediction]]:
+        scores = softmax(self.runtime.logits(batch))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
+        best = zip(order.tolist(), np.take_along_axis(scores, order, 1).tolist(), strict=True)
+        return [[Prediction(self.labels[i], i, score) for i, score in zip(*row, strict=True)] for row in best]
 
     def prepare(self, image: Any) -> np.ndarray:
         """One image, read and cropped: uint8 (H, W, C), or float32 (C, H, W) if it came transformed."""
@@ -167,9 +166,13 @@ class Classifier:
         return np.stack([preprocess.normalize(item) if item.dtype == np.uint8 else item for item in prepared])
 
     def _stream(
-        self, function: Callable[[np.ndarray], np.ndarray], images: Iterable[Any], batch_size: int, workers: int | None
+        self,
+        function: Callable[[np.ndarray], Iterable[Any]],
+        images: Iterable[Any],
+        batch_size: int,
+        workers: int | None,
     ) -> Iterator[tuple[Any, Any]]:
-        def run(prepared: list[np.ndarray]) -> np.ndarray:
+        def run(prepared: list[np.ndarray]) -> Iterable[Any]:
             return function(self.to_batch(prepared))
 
         for batch in run_batches(images, self.prepare, run, self.runtime, batch_size, workers):

@@ -16,14 +16,14 @@ from .runtime import Runtime
 T = TypeVar("T")
 S = TypeVar("S")
 
-Loaded = list[tuple[T, np.ndarray | ImageError]]
-"""Items, each with what was made of it."""
+Loaded = list[tuple[T, Any]]
+"""Items, each with what was made of it, or with the ImageError that stands in its place."""
 
 
 def run_batches(
     items: Iterable[T],
     load: Callable[[T], np.ndarray],
-    run: Callable[[list[np.ndarray]], np.ndarray],
+    run: Callable[[list[np.ndarray]], Iterable[Any]],
     runtime: Runtime,
     batch_size: int,
     workers: int | None = None,

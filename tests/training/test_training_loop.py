@@ -105,6 +105,13 @@ def test_weights_that_float16_would_change_for_the_worse_stay_float32(
     assert all(torch.equal(value, ema[f"ema.{key}"]) for key, value in weights.items())
 
 
+def test_the_card_names_the_commit_that_the_run_began_with(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "commit_of", lambda folder: "first")
+    assert train_toy(max_minutes=0.0) is None
+    monkeypatch.setattr(loop, "commit_of", lambda folder: "second")
+    assert train_toy().commit == "first"
+
+
 def test_a_finished_run_is_not_evaluated_again(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     card = train_toy()
     monkeypatch.delattr(loop, "predict")

@@ -98,6 +98,21 @@ def test_butterfly_mlp_is_an_mlp_on_every_group(n, radix):
 
 
 @pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_levels_with_a_residual_add_to_what_they_read_except_for_the_last(n, radix):
+    layer = ButterflyMlp(n, radix, residual=True)
+    x = torch.randn(3, n)
+    expected = x
+    for level, mlp in zip(layer.schedule.levels, layer.levels, strict=True):
+        bias = torch.zeros(mlp.fc1.weight.shape[0], radix) if mlp.fc2.bias is None else mlp.fc2.bias
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, bias)
+        mixed = torch.stack([reference.block_mlp(row, level, *weights) for row in expected])
+        expected = mixed if mlp is layer.levels[-1] else expected + mixed
+    _close(layer(x), expected)
+    with torch.no_grad():
+        _close(layer(x), expected)
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
 def test_monarch_mlp_is_an_mlp_with_its_dense_equivalents(n, radix):
     layer = MonarchMlp(n, radix)
     x = torch.randn(3, n)
@@ -219,6 +234,13 @@ def test_stems_downsample_by_their_stride():
     assert ConvStem(3, 32, 1)(image).shape == (1, 32, 16, 16)
     assert ConvStem(3, 6, 8)(image).shape == (1, 6, 2, 2)
     assert TokenStem(3, 10, (16, 16), 4)(image).shape == (1, 16, 10)
+    narrow = TokenStem(3, 10, (16, 16), 4, convs=True, width=8)
+    assert narrow(image).shape == (1, 16, 10)
+    assert [conv.weight.shape[:2] for conv in narrow.modules() if isinstance(conv, nn.Conv2d)] == [
+        (8, 3),
+        (8, 8),
+        (10, 8),
+    ]
     with pytest.raises(ValueError, match="stride=3"):
         ConvStem(3, 32, 3)
     with pytest.raises(ValueError, match="patch_size=5 does not divide the image size 16x16"):
@@ -230,6 +252,7 @@ def _mixers():
     yield "shuffled linear", lambda **dd: ButterflyLinear(12, 24, 2, **dd)
     yield "monarch", lambda **dd: MonarchMlp(64, 8, **dd)
     yield "mlp", lambda **dd: ButterflyMlp(64, 8, **dd)
+    yield "mlp with residuals", lambda **dd: ButterflyMlp(64, 8, residual=True, **dd)
     yield "attention", lambda **dd: ButterflyAttention(16, ButterflySchedule(16, 4).levels[1], num_heads=2, **dd)
 
 

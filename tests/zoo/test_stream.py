@@ -28,15 +28,16 @@ def load(number):
     return np.array([number])
 
 
+def counting(taken):
+    """0, 1, 2 and on; `taken` holds those that were asked for."""
+    for number in itertools.count():
+        taken.append(number)
+        yield number
+
+
 def test_loading_works_ahead_by_a_bounded_number_and_keeps_the_order():
     taken = []
-
-    def items():
-        for number in itertools.count():
-            taken.append(number)
-            yield number
-
-    batches = load_batches(items(), lambda number: np.array(number), batch_size=8, workers=2)
+    batches = load_batches(counting(taken), lambda number: np.array(number), batch_size=8, workers=2)
     assert [item for item, _ in next(batches)] == list(range(8))
     assert len(taken) <= 8 * 4
     batches.close()
@@ -63,13 +64,7 @@ def test_lanes_answer_as_one_model_does_in_order_and_past_errors():
 
 def test_lanes_take_a_bounded_number_ahead():
     taken = []
-
-    def items():
-        for number in itertools.count():
-            taken.append(number)
-            yield number
-
-    batches = run_batches(items(), lambda number: np.array([number]), np.stack, Lanes(2), 8)
+    batches = run_batches(counting(taken), lambda number: np.array([number]), np.stack, Lanes(2), 8)
     assert [item for item, _ in next(batches)] == [0, 1, 2, 3]
     assert len(taken) <= 8 * 4
     batches.close()

@@ -52,10 +52,10 @@ class BlockLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(blocks, in_features, rows) -> (blocks, out_features, rows)."""
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(blocks, in_features, rows) -> (blocks, out_features, rows), to which `plus` is added if there is no bias."""
         if self.bias is None:
-            return torch.bmm(self.weight, x)
+            return torch.bmm(self.weight, x) if plus is None else torch.baddbmm(plus, self.weight, x)
         return torch.baddbmm(self.bias.unsqueeze(-1), self.weight, x)
 
     def forward_last(self, x: Tensor) -> Tensor:

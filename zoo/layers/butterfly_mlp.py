@@ -61,26 +61,33 @@ class MonarchMlp(FeatureMixer):
 
 
 class BlockMlp(nn.Module):
-    """One level of a ButterflyMlp: an MLP of its own for every block, a -> ratio * a -> a with GELU and biases."""
+    """One level of a ButterflyMlp: an MLP of its own for every block, a -> ratio * a -> a with GELU and biases.
 
-    def __init__(self, view: LevelView, radix: int, ratio: int, drop: float, device=None, dtype=None) -> None:
+    With `residual` a block adds to what it reads, and has no output bias: the product adds in its place.
+    """
+
+    def __init__(
+        self, view: LevelView, radix: int, ratio: int, drop: float, residual: bool = False, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.view = view
         self.radix = radix
+        self.residual = residual
         self.fc1 = BlockLinear(view.blocks, radix, ratio * radix, device=device, dtype=dtype)
-        self.fc2 = BlockLinear(view.blocks, ratio * radix, radix, device=device, dtype=dtype)
+        self.fc2 = BlockLinear(view.blocks, ratio * radix, radix, not residual, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first -> features first, leading axes as `LevelView.merge` leaves them, or (rows, features)."""
-        x = self.drop(F.gelu(self.fc1(self.view.split(x, self.radix))))
+        x = self.view.split(x, self.radix)
+        y = self.drop(F.gelu(self.fc1(x)))
         if features_last:
-            return self.view.merge_last(self.fc2.forward_last(x))
-        return self.view.merge(self.fc2(x))
+            return self.view.merge_last(self.fc2.forward_last(y))
+        return self.view.merge(self.fc2(y, x if self.residual else None))
 
 
 class ButterflyMlp(FeatureMixer):
-    """A butterfly whose mixer is an MLP. No activation and no residual between levels.
+    """A butterfly whose mixer is an MLP. No activation between levels, and in the paper no residual.
 
     (Dimension Mixer, section 4.1, `sparse_mlp`.)
 
@@ -89,16 +96,29 @@ class ButterflyMlp(FeatureMixer):
         radix: block size.
         ratio: hidden features per input feature.
         drop: dropout after the activation.
+        residual: every level but the last adds to what it reads. The last is left to the residual around the MLP.
 
     Raises:
         ValueError: `radix` does not divide `n`.
     """
 
-    def __init__(self, n: int, radix: int, ratio: int = 2, drop: float = 0.0, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        n: int,
+        radix: int,
+        ratio: int = 2,
+        drop: float = 0.0,
+        residual: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         self.schedule = ButterflySchedule(n, radix)
         views = [LevelView(level, device=device) for level in self.schedule.levels]
-        self.levels = nn.Sequential(*[BlockMlp(view, radix, ratio, drop, device, dtype) for view in views])
+        adds = [residual] * (len(views) - 1) + [False]
+        self.levels = nn.Sequential(
+            *[BlockMlp(view, radix, ratio, drop, add, device, dtype) for view, add in zip(views, adds, strict=True)]
+        )
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.

@@ -24,12 +24,22 @@ class ConvStem(nn.Sequential):
         width: channels of the result.
         stride: pixels per position of the result, a power of two.
         full_res: start with one more convolution, of stride 1, so that no pixel is dropped before it was mixed.
+        dim: channels that a last 1x1 convolution widens to, where a 3x3 one would cost too much.
 
     Raises:
         ValueError: `stride` is not a power of two.
     """
 
-    def __init__(self, in_chans: int, width: int, stride: int, full_res: bool = False, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        width: int,
+        stride: int,
+        full_res: bool = False,
+        dim: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
         if stride < 1 or stride & (stride - 1):
             raise ValueError(f"stride={stride} of a convolution stem is not a power of two")
         layers: list[nn.Module] = []
@@ -40,6 +50,8 @@ class ConvStem(nn.Sequential):
             chs = max(width >> left, 8) if left else width
             layers += [ConvNorm(in_chans, chs, 3, step, device=device, dtype=dtype), nn.ReLU()]
             in_chans = chs
+        if dim is not None:
+            layers.append(nn.Conv2d(width, dim, 1, device=device, dtype=dtype))
         super().__init__(*layers)
 
 
@@ -53,6 +65,7 @@ class TokenStem(nn.Module):
         patch_size: side of a patch in pixels.
         convs: embed with a ConvStem; otherwise with one linear map of the patch's values, as the papers do.
         full_res: of the ConvStem.
+        width: of the ConvStem, which then widens to `dim` by a 1x1 convolution; None for `dim` itself.
 
     Raises:
         ValueError: `patch_size` does not divide the image.
@@ -66,6 +79,7 @@ class TokenStem(nn.Module):
         patch_size: int,
         convs: bool = False,
         full_res: bool = False,
+        width: int | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -73,8 +87,12 @@ class TokenStem(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.set_input_size(img_size)
-        linear = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
-        self.proj = ConvStem(in_chans, dim, patch_size, full_res, **dd) if convs else linear
+        if not convs:
+            self.proj: nn.Module = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
+        elif width is None:
+            self.proj = ConvStem(in_chans, dim, patch_size, full_res, **dd)
+        else:
+            self.proj = ConvStem(in_chans, width, patch_size, full_res, dim, **dd)
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Expect images of another size (H, W). No weight depends on it."""
