@@ -178,6 +178,7 @@ _FAST = {
     "embed_dim": 400,
     "depth": 4,
     "channel_radix": 20,
+    "level_residual": True,
     "stem_full_res": True,
     "stem_width": 128,
 }
