@@ -30,7 +30,7 @@ from .trunk import Trunk, drop_path_rates
 def make_mlp(
     mixing: str, n: int, radix: int, ratio: int, drop: float, level_residual: bool = False, device=None, dtype=None
 ) -> FeatureMixer:
-    """The MLP over `n` features that `mixing` names; a dense one ignores `radix`, and all but "butterfly" the residual."""
+    """The MLP over `n` features that `mixing` names. Only "butterfly" knows the residual, and a dense one no radix."""
     if mixing == "dense":
         return DenseMlp(n, ratio, drop, device, dtype)
     if mixing == "monarch":
