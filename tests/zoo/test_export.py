@@ -47,6 +47,20 @@ def test_an_exported_file_answers_as_the_model_with_its_labels(kind, loaded, ref
     np.testing.assert_allclose(again.embed(photos), reference.embed(photos), atol=1e-5)
 
 
+def test_an_archive_answers_in_lanes_side_by_side(archive, reference, cifar_rows):
+    again = Classifier(str(archive), "cpu")
+    photos = [image for image, _ in cifar_rows]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert again.runtime.lanes(32) == 2
+        found = [[p.score for p in result.predictions] for result in again.stream(photos, batch_size=32)]
+    finally:
+        torch.set_num_threads(threads)
+    expected = [[p.score for p in answer] for answer in reference.predict(photos)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_safetensors_carry_labels_and_preprocessing_without_a_card_beside_them(loaded, images, tiny, tmp_path):
     export_model(*loaded, "safetensors", tmp_path / "m.safetensors", images, atol=1e-6)
     again = Classifier(tiny.architecture, "cpu", tmp_path / "m.safetensors")
