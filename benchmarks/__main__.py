@@ -31,7 +31,6 @@ SPARSE = (
     "butterfly_resnet20_blockmix_w32",
     "butterfly_resnet_fast_32",
     "butterfly_resnet_fast_blockmix_32",
-    "butterfly_resnet_tiny_32",
     "vit_butterfly_tiny_patch4_32",
     "vit_butterfly_tiny_patch2_32",
     "butterfly_mixer_nano_32",
