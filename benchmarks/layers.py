@@ -106,7 +106,7 @@ def _levels(tokens: int, seconds: float) -> Record:
     calls: dict[str, Callable[[], object]] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
     for i, level in enumerate(schedule.levels):
         layer = ButterflyAttention(dim, level, HEADS)
-        calls[f"level {i}"] = lambda layer=layer: layer.attend(qkv)
+        calls[f"level {i}"] = lambda layer=layer: layer.attend(*qkv)
     times = compare(calls, seconds)
     levels = [times[name] for name in calls if name != "full"]
     medians = [summary(level) for level in levels]

@@ -10,12 +10,12 @@ tokens.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule, Level, square_radix
 from .data_cfg import base_cfg
-from .layers import ButterflyAttention, Permute, TokenStem, random_order
+from .layers import ButterflyAttention, DenseMlp, Permute, TokenStem, random_order
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = ButterflyAttention(dim, level, num_heads, proj_drop=drop, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = DenseMlp(dim, mlp_ratio, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,6 +214,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ButterflyVit) -> 
 
 
 _PAPER = {"pre_norm": False, "pos_embed": False, "conv_stem": False, "global_pool": "flatten", "num_heads": 8}
+# 256 narrow tokens: attention over all of them would be half of the work, and over rows and columns of 16 it is little.
+_FAST = {"embed_dim": 48, "depth": 8, "num_heads": 2, "stem_full_res": True}
 _NANO = {"embed_dim": 96, "depth": 6, "num_heads": 3, "stem_full_res": True}
 _TINY = {"embed_dim": 128, "depth": 8, "num_heads": 4, "stem_full_res": True}
 _SMALL = {"embed_dim": 192, "depth": 12, "num_heads": 6}
@@ -225,6 +227,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "vit_butterfly_paper_patch4_d8": _PAPER | {"patch_size": 4, "embed_dim": 128, "depth": 8},
         "vit_butterfly_paper_patch2_d4": _PAPER | {"patch_size": 2, "embed_dim": 64, "depth": 4},
         "vit_butterfly_paper_patch1_d4": _PAPER | {"patch_size": 1, "embed_dim": 64, "depth": 4},
+        "vit_butterfly_fast_patch2_32": _FAST | {"patch_size": 2},
         "vit_butterfly_nano_patch4_32": _NANO | {"patch_size": 4},
         "vit_butterfly_nano_patch2_32": _NANO | {"patch_size": 2},
         "vit_butterfly_tiny_patch4_32": _TINY | {"patch_size": 4},

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .data_cfg import base_cfg
-from .layers import Permute, TokenStem, random_order
+from .layers import Linear, Permute, TokenStem, random_order
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants
@@ -218,9 +218,9 @@ class _LayerFactory:
         before, after = self._shuffle(in_tokens), self._shuffle(tokens)
         n_in, n_out = (in_tokens, tokens) if is_token else (self.channels, self.channels)
         if not expand:
-            return AxisMlp(nn.Sequential(nn.Linear(n_in, n_out, **self.dd), nn.GELU()), is_token, before, after)
+            return AxisMlp(nn.Sequential(Linear(n_in, n_out, **self.dd), nn.GELU()), is_token, before, after)
         hidden = round((self.token_ratio if is_token else self.channel_ratio) * n_out)
-        fc1, fc2 = nn.Linear(n_in, hidden, **self.dd), nn.Linear(hidden, n_out, **self.dd)
+        fc1, fc2 = Linear(n_in, hidden, **self.dd), Linear(hidden, n_out, **self.dd)
         return AxisMlp(nn.Sequential(fc1, nn.GELU(), nn.Dropout(self.drop), fc2), is_token, before, after)
 
     def _flat(self, in_tokens: int, tokens: int, expand: bool) -> FlatMlp:

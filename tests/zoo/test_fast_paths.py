@@ -6,7 +6,19 @@ import torch
 
 from dimmix.butterfly import ButterflySchedule
 from dimmix.fuse import fuse
-from dimmix.layers import ButterflyLinear, ButterflyMlp, ChannelTranspose, MonarchMlp, block_linear, gather_groups
+from dimmix.layers import (
+    ButterflyAttention,
+    ButterflyLinear,
+    ButterflyMlp,
+    ChannelTranspose,
+    DenseMlp,
+    Linear,
+    MonarchMlp,
+    block_linear,
+    butterfly_attention,
+    gather_groups,
+    pointwise,
+)
 from dimmix.layers.permute import transpose_last
 
 SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
@@ -47,6 +59,97 @@ def test_features_last_is_the_transpose_of_features_first(n, radix):
     for layer in (ButterflyLinear(n, n, radix), ButterflyMlp(n, radix), MonarchMlp(n, radix)):
         x = torch.randn(n, 5)
         assert (layer.mix(x, True) - layer.mix(x).reshape(n, 5).t()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("features", [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_rows_by_convolutions_are_rows_by_products(n, radix, features):
+    wide, narrow = features
+    layers = [ButterflyLinear(wide * n, narrow * n, radix)]
+    if wide == narrow:
+        layers += [ButterflyMlp(n, radix), ButterflyMlp(n, radix, residual=True), MonarchMlp(n, radix)]
+    for layer in layers:
+        x = torch.randn(32, wide * n)
+        with torch.no_grad():
+            assert (layer.mix_rows(x) - layer.mix(x.t(), True)).abs().max() < 1e-12
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """How many groups each call of `pointwise` had, where it takes float64 of 16 rows and more."""
+    seen, convolve = [], pointwise.pointwise
+
+    def count(x, weight, bias, groups=1):
+        seen.append(groups)
+        return convolve(x, weight, bias, groups)
+
+    def takes(x):
+        return not torch.is_grad_enabled() and x.shape[:-1].numel() % 16 == 0
+
+    for module in (pointwise, block_linear, butterfly_attention):
+        monkeypatch.setattr(module, "pointwise", count)
+    monkeypatch.setattr(block_linear, "folds_into_pixels", takes)
+    for module in (pointwise, butterfly_attention):
+        monkeypatch.setattr(module, "beats_a_product", takes)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        (lambda: Linear(12, 8), [1]),
+        (lambda: Linear(12, 8, bias=False), [1]),
+        (lambda: DenseMlp(12), [1, 1]),
+        (lambda: ButterflyMlp(12, 4), [3, 3, 3, 3]),
+        (lambda: ButterflyAttention(12, ButterflySchedule(16, 4).levels[1], 3), [1, 1, 1, 1]),
+        (lambda: ButterflyAttention(12, ButterflySchedule(16, 4).levels[1], 3, qkv_bias=False), [1, 1, 1, 1]),
+    ],
+)
+def test_layers_that_take_convolutions_are_the_same_functions(monkeypatch, convolutions, make, groups):
+    monkeypatch.setattr(block_linear, "GROUP_MACS", 1)
+    layer, x = make(), torch.randn(3, 16, 12)
+    expected = layer(x)
+    assert convolutions == []
+    with torch.no_grad():
+        actual = layer(x)
+    assert convolutions == groups
+    assert actual.is_contiguous()
+    assert (actual - expected).abs().max() < 1e-12
+
+
+def test_rows_by_convolutions_in_tiles(monkeypatch, convolutions):
+    monkeypatch.setattr(block_linear, "GROUP_MACS", 1)
+    monkeypatch.setattr(block_linear, "TILE", 16 * 12)
+    monkeypatch.setattr(block_linear, "FEWEST_ROWS", 16)
+    layer, x = ButterflyLinear(12, 12, 4), torch.randn(80, 12)
+    with torch.no_grad():
+        actual = layer(x)
+    assert len(convolutions) == 2 * 5
+    assert (actual - layer(x)).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_what_folds_into_pixels():
+    x = torch.randn(256, 4, dtype=torch.float32)
+    assert not pointwise.folds_into_pixels(x)  # gradients are wanted
+    with torch.no_grad():
+        assert pointwise.folds_into_pixels(x)
+        assert pointwise.folds_into_pixels(x.view(16, 16, 4))
+        assert pointwise.folds_into_pixels(x.bfloat16())
+        assert not pointwise.beats_a_product(x.bfloat16())
+        assert not pointwise.folds_into_pixels(x.double())
+        assert not pointwise.folds_into_pixels(x[:250])
+        assert not pointwise.folds_into_pixels(x[:128])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not pointwise.beats_a_product(x)
+
+
+def test_convolutions_in_float32_are_as_exact_as_products():
+    layer, x = ButterflyMlp(256, 16).float(), torch.randn(2048, 256, dtype=torch.float32)
+    with torch.no_grad():
+        convolved, product = layer.mix_rows(x), layer.mix(x.t(), True)
+        exact = layer.double().mix(x.double().t(), True)
+    assert (convolved - exact).abs().max() < 2 * (product - exact).abs().max() + 1e-7
 
 
 def test_transpose_last_is_a_transpose_of_the_last_axis():

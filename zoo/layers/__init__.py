@@ -7,6 +7,7 @@ from .butterfly_linear import ButterflyFactor, ButterflyLinear
 from .butterfly_mlp import BlockMlp, ButterflyMlp, DenseMlp, MonarchMlp
 from .patch_fold import PatchFold
 from .permute import Permute, random_order
+from .pointwise import Linear
 from .stem import ConvNorm, ConvStem, TokenStem
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DenseMlp",
     "FeatureMixer",
     "LevelView",
+    "Linear",
     "MonarchMlp",
     "PatchFold",
     "Permute",

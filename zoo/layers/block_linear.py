@@ -9,9 +9,13 @@ Callers have features last. The first product reads them so, and the last one wr
 is to bring the rows to the front, in runs of `radix`, and a transpose of `radix` by `stride` in each row. That is five
 times as fast as to transpose (n, rows). Where no gradient is wanted, a CPU does all of it tile by tile, so that
 what passes between the levels stays in its cache; and what is small comes back as a transposed view.
+
+Large blocks and many rows need no features-first layout there: a level is a convolution in groups (`pointwise`) between
+two transposes within the rows, or on its own where its stride is 1.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +23,13 @@ from torch import Tensor, nn
 from ..butterfly import Level
 from .eager import runs_eagerly
 from .permute import Permute, transpose_last
+from .pointwise import FEWEST_ROWS, folds_into_pixels, pointwise
 
 TILE = 2**18
 """Numbers in a tile of rows; four tiles and fewer stay whole. The fastest of 2**15 to 2**20, on cores of 1 MiB L2."""
+
+GROUP_MACS = 2**19
+"""Multiply-accumulates in a group from which a convolution is faster than a batched product and its transposes."""
 
 SMALL = 2**16
 """So many numbers and fewer stay in the cache, where to read them across costs less than to bring them in order."""
@@ -65,6 +73,11 @@ class BlockLinear(nn.Module):
             return torch.bmm(x, weight)
         return torch.baddbmm(self.bias.unsqueeze(1), x, weight)
 
+    def forward_rows(self, x: Tensor) -> Tensor:
+        """(rows, blocks * in_features) -> (rows, blocks * out_features), by `pointwise`."""
+        bias = None if self.bias is None else self.bias.flatten()
+        return pointwise(x, self.weight.flatten(0, 1), bias, len(self.weight))
+
     def dense_equivalent(self) -> Tensor:
         """The block-diagonal matrix itself, (blocks * out_features, blocks * in_features)."""
         return torch.block_diag(*self.weight)
@@ -75,13 +88,23 @@ class BlockLinear(nn.Module):
 
 
 class FeatureMixer(nn.Module):
-    """Base of the layers that mix one axis: they define `mix`, features first, and get `forward`, features last."""
+    """Base of the layers that mix one axis: they define `mix`, features first, and get `forward`, features last.
+
+    Those made of blocks of `block` features define `mix_rows` too, the same with features last throughout.
+    """
+
+    block = 0
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """(in_features, rows) -> out_features in natural order, in one axis or several, then rows.
 
         With `features_last` the result is (rows, out_features).
         """
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def mix_rows(self, x: Tensor) -> Tensor:
+        """(rows, in_features) -> (rows, out_features) of an `x` that `folds_into_pixels`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,16 +117,24 @@ class FeatureMixer(nn.Module):
     def _mix_tiles(self, x: Tensor) -> Tensor:
         if not runs_eagerly(x):
             return self.mix(x.t(), True)
+        if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x):
+            return _in_tiles(self.mix_rows, x, max(TILE // x.shape[1] // FEWEST_ROWS, 1) * FEWEST_ROWS)
         if x.numel() <= SMALL:
             return self.mix(x.t()).reshape(-1, len(x)).t()
-        if x.numel() <= 4 * TILE:
-            return self.mix(x.t(), True)
-        tiles = x.split(max(TILE // x.shape[1], 1))
-        first = self.mix(tiles[0].t(), True)
-        y = first.new_empty(len(x), first.shape[1])
-        for tile, out in zip(tiles, y.split(len(first)), strict=True):
-            out.copy_(self.mix(tile.t(), True))
-        return y
+        return _in_tiles(lambda tile: self.mix(tile.t(), True), x, max(TILE // x.shape[1], 1))
+
+
+def _in_tiles(mix: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """`mix` of x, (rows, features), so many rows at a time if they are many."""
+    if x.numel() <= 4 * TILE:
+        return mix(x)
+    tiles = x.split(rows)
+    first = mix(tiles[0])
+    y = first.new_empty(len(x), first.shape[1])
+    y[:rows] = first
+    for tile, out in zip(tiles[1:], y.split(rows)[1:], strict=True):
+        out.copy_(mix(tile))
+    return y
 
 
 class LevelView(nn.Module):
@@ -162,6 +193,24 @@ class LevelView(nn.Module):
         if self.permute is not None:
             x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.inverse).flatten(1)
         return x
+
+    def split_rows(self, x: Tensor, block: int) -> Tensor:
+        """(rows, n * width) -> (rows, blocks * block), the features of a block side by side."""
+        if self.permute is not None:
+            x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.order).flatten(1)
+        return self._transpose_groups(x, block, self.stride)
+
+    def merge_rows(self, x: Tensor, block: int) -> Tensor:
+        """(rows, blocks * block) -> (rows, n * width), features in natural order."""
+        x = self._transpose_groups(x, self.stride, block)
+        if self.permute is not None:
+            x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.inverse).flatten(1)
+        return x
+
+    def _transpose_groups(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        if self.stride == 1:
+            return x
+        return transpose_last(x.view(len(x), self.groups, rows * columns), rows, columns).flatten(1)
 
     def extra_repr(self) -> str:
         return "groups={}, radix={}, stride={}".format(*self.level)

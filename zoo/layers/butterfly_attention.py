@@ -7,19 +7,20 @@ from torch import Tensor, nn
 from ..butterfly import Level
 from .eager import on_cpu_untraced
 from .permute import Permute
+from .pointwise import Linear, beats_a_product, pointwise
 
-SMALL_GROUP = 64
-"""Up to so many tokens in a group, training on a CPU keeps the scores, and so does bfloat16: the fused kernel takes
-five times as long there (docs/performance.md), and the scores of such groups are few."""
+SMALL_GROUP, SMALL_GROUP_BF16 = 64, 256
+"""Up to so many tokens in a group, training on a CPU keeps the scores, and bfloat16 does so in inference too: the fused
+kernel takes two to six times as long in bfloat16 (docs/performance.md), and the scores of such groups are few."""
 
 
 class ButterflyAttention(nn.Module):
     """Multi-head self-attention in which a token attends to the `radix` tokens of its group alone.
 
-    Layout: q, k and v come contiguous, (B, N, C) each, from one batched product. Token index (group, i, offset) then
-    folds as (B * groups, radix, stride * heads, head_dim): the offset joins the heads, so every level, whatever its
-    stride, is one 4-D view and stays on the fast kernels of scaled_dot_product_attention. Cost: N * radix instead of
-    N * N. (Dimension Mixer, section 4.2.) `radix = N` is ordinary attention.
+    Layout: q, k and v come contiguous, (B, N, C) each, from one batched product or three. Token index (group, i,
+    offset) then folds as (B * groups, radix, stride * heads, head_dim): the offset joins the heads, so every level,
+    whatever its stride, is one 4-D view and stays on the fast kernels of scaled_dot_product_attention. Cost: N * radix
+    instead of N * N. (Dimension Mixer, section 4.2.) `radix = N` is ordinary attention.
 
     Args:
         dim: channels C.
@@ -47,7 +48,7 @@ class ButterflyAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.set_level(level)
 
@@ -63,28 +64,50 @@ class ButterflyAttention(nn.Module):
         B, N, C = x.shape
         if self.permute is not None:
             x = self.permute(x)
-        weight = self.qkv.weight.view(3, C, C).transpose(1, 2)
-        tokens = x.reshape(1, B * N, C).expand(3, -1, -1)
-        if self.qkv.bias is not None:
-            qkv = torch.baddbmm(self.qkv.bias.view(3, 1, C), tokens, weight)
-        else:
-            qkv = torch.bmm(tokens, weight)
-        x = self.attend(qkv).view(B, N, C)
+        q, k, v = self.queries_keys_values(x.reshape(B * N, C))
+        x = self.attend(q, k, v).view(B, N, C)
         if self.permute is not None:
             x = self.permute.undo(x)
         return self.proj_drop(self.proj(x))
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """q, k and v of every token, (3, B * N, C) -> what each token attends to, (B * N, C)."""
-        q, k, v = qkv.view(3, -1, self.radix, self.fold, self.head_dim).transpose(2, 3).unbind(0)
-        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
-            small = self.radix <= SMALL_GROUP and on_cpu_untraced(qkv)  # before anything is asked of a traced value
-            if small and (torch.is_grad_enabled() or qkv.dtype == torch.bfloat16):
-                return _attend_by_products(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv.shape[1:])
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B * N, C) -> three of that shape, each contiguous."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if not torch.jit.is_scripting() and beats_a_product(x):
+            biases = [None] * 3 if bias is None else bias.chunk(3)
+            q, k, v = (pointwise(x, w, b) for w, b in zip(weight.chunk(3), biases, strict=True))
+            return q, k, v
+        weight = weight.view(3, -1, x.shape[1]).transpose(1, 2)
+        tokens = x.unsqueeze(0).expand(3, -1, -1)
+        if bias is None:
+            q, k, v = torch.bmm(tokens, weight).unbind(0)
+        else:
+            q, k, v = torch.baddbmm(bias.view(3, 1, -1), tokens, weight).unbind(0)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
+        shape = q.shape
+        q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
+        if not torch.jit.is_scripting() and _keeps_scores(q, self.radix):
+            return _attend_by_products(q, k, v).transpose(1, 2).reshape(shape)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
+
+    def fold_groups(self, x: Tensor) -> Tensor:
+        """(B * N, C) -> (B * groups, stride * heads, radix, head_dim), a view."""
+        return x.view(-1, self.radix, self.fold, self.head_dim).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return "groups={}, radix={}, stride={}, ".format(*self.level) + f"num_heads={self.num_heads}"
+
+
+@torch.jit.unused
+def _keeps_scores(q: Tensor, group: int) -> bool:
+    if not on_cpu_untraced(q):  # before anything is asked of a traced value
+        return False
+    if q.dtype == torch.bfloat16:
+        return group <= SMALL_GROUP_BF16
+    return torch.is_grad_enabled() and group <= SMALL_GROUP
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class ButterflyFactor(nn.Module):
     ) -> None:
         super().__init__()
         self.view = view
-        self.in_block = in_block
+        self.in_block, self.out_block = in_block, out_block
         self.linear = BlockLinear(view.blocks, in_block, out_block, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, features_last: bool = False) -> Tensor:
@@ -30,6 +30,12 @@ class ButterflyFactor(nn.Module):
         if features_last:
             return self.view.merge_last(self.linear.forward_last(x))
         return self.view.merge(self.linear(x))
+
+    @torch.jit.unused
+    def forward_rows(self, x: Tensor) -> Tensor:
+        """(rows, features) -> (rows, features)."""
+        x = self.linear.forward_rows(self.view.split_rows(x, self.in_block))
+        return self.view.merge_rows(x, self.out_block)
 
 
 class ButterflyLinear(FeatureMixer):
@@ -57,7 +63,7 @@ class ButterflyLinear(FeatureMixer):
         if larger % n:
             raise ValueError(f"in_features={in_features} and out_features={out_features}: neither divides the other")
         self.in_features, self.out_features = in_features, out_features
-        self.schedule = ButterflySchedule(n, radix)
+        self.schedule, self.block = ButterflySchedule(n, radix), radix
         width, shrinks = larger // n, in_features > out_features
         levels = self.schedule.levels[::-1] if shrinks else self.schedule.levels
         last = len(levels) - 1
@@ -77,6 +83,14 @@ class ButterflyLinear(FeatureMixer):
         """
         for i, factor in enumerate(self.factors):
             x = factor(x, features_last and i == len(self.factors) - 1)
+        return x
+
+    @torch.jit.unused
+    def mix_rows(self, x: Tensor) -> Tensor:
+        """(rows, in_features) -> (rows, out_features)."""
+        for factor in self.factors:
+            assert isinstance(factor, ButterflyFactor)
+            x = factor.forward_rows(x)
         return x
 
     @torch.no_grad()

@@ -7,15 +7,17 @@ from torch import Tensor, nn
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
+from .pointwise import Linear
 
 
 class DenseMlp(FeatureMixer):
     """The ordinary MLP, n -> ratio * n -> n with GELU: what the butterflies stand in for."""
 
-    def __init__(self, n: int, ratio: int = 2, drop: float = 0.0, device=None, dtype=None) -> None:
+    def __init__(self, n: int, ratio: float = 2, drop: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(n, ratio * n, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(ratio * n, n, device=device, dtype=dtype)
+        hidden = int(ratio * n)
+        self.fc1 = Linear(n, hidden, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, n, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
@@ -51,6 +53,7 @@ class MonarchMlp(FeatureMixer):
         self.fc1 = ButterflyLinear(n, ratio * n, radix, device=device, dtype=dtype)
         self.fc2 = ButterflyLinear(ratio * n, n, radix, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
+        self.block = radix
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
@@ -58,6 +61,11 @@ class MonarchMlp(FeatureMixer):
         With `features_last` the result is (rows, n).
         """
         return self.fc2.mix(self.drop(F.gelu(self.fc1.mix(x))), features_last)
+
+    @torch.jit.unused
+    def mix_rows(self, x: Tensor) -> Tensor:
+        """(rows, n) -> (rows, n)."""
+        return self.fc2.mix_rows(self.drop(F.gelu(self.fc1.mix_rows(x))))
 
 
 class BlockMlp(nn.Module):
@@ -84,6 +92,13 @@ class BlockMlp(nn.Module):
         if features_last:
             return self.view.merge_last(self.fc2.forward_last(y))
         return self.view.merge(self.fc2(y, x if self.residual else None))
+
+    @torch.jit.unused
+    def forward_rows(self, x: Tensor) -> Tensor:
+        """(rows, features) -> (rows, features)."""
+        x = self.view.split_rows(x, self.radix)
+        y = self.fc2.forward_rows(self.drop(F.gelu(self.fc1.forward_rows(x))))
+        return self.view.merge_rows(y.add_(x) if self.residual else y, self.radix)
 
 
 class ButterflyMlp(FeatureMixer):
@@ -113,7 +128,7 @@ class ButterflyMlp(FeatureMixer):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.schedule = ButterflySchedule(n, radix)
+        self.schedule, self.block = ButterflySchedule(n, radix), radix
         views = [LevelView(level, device=device) for level in self.schedule.levels]
         adds = [residual] * (len(views) - 1) + [False]
         self.levels = nn.Sequential(
@@ -127,6 +142,14 @@ class ButterflyMlp(FeatureMixer):
         """
         for i, level in enumerate(self.levels):
             x = level(x, features_last and i == len(self.levels) - 1)
+        return x
+
+    @torch.jit.unused
+    def mix_rows(self, x: Tensor) -> Tensor:
+        """(rows, n) -> (rows, n)."""
+        for level in self.levels:
+            assert isinstance(level, BlockMlp)
+            x = level.forward_rows(x)
         return x
 
     def extra_repr(self) -> str:
