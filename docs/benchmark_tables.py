@@ -40,7 +40,8 @@ def _layers(modes: Sequence[str]) -> str:
     records = [record for record in _records("linear", "mlp") if record["mode"] in modes]
     columns = {"layer": _get("work"), "n": _get("n"), "rows": _get("rows"), "layout": _get("layout")}
     columns |= {"mode": _get("mode")} if len(modes) > 1 else {}
-    return markdown_table(records, columns | _PAIR)
+    ours = {"than oneDNN": lambda record: f"{record['faster_than_ours']:.3g}"} if modes == ["float32"] else {}
+    return markdown_table(records, columns | _PAIR | ours)
 
 
 def _attention() -> str:

@@ -47,6 +47,7 @@ def test_writes_a_file_a_subject_with_the_machine_and_the_plots(folder):
 def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
     record = _records(folder, "linear")[0]
     assert (record["n"], record["rows"], record["mac_ratio"], record["reach"]) == (16, 4, 2.0, 1.0)
+    assert record["our_dense_ms"].keys() == record["dense_ms"].keys()
     assert record["sparse_ms"]["low"] <= record["sparse_ms"]["median"] <= record["sparse_ms"]["high"]
 
 
