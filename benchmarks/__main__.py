@@ -128,12 +128,12 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     results = run(plan or (QUICK if options.quick else full_plan()))
-    for records in results.values():
-        for record in records:
-            print(_line(record))
     folder = options.out or (None if options.quick else FOLDER)
     if folder:
         write(results, folder)
+    for records in results.values():
+        for record in records:
+            print(_line(record))
     missed = shortfalls(record for records in results.values() for record in records)
     for line in missed if options.check else ():
         print(f"falls short: {line}")
@@ -142,14 +142,13 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
 
 def _line(record: dict[str, Any]) -> str:
     """A record on one line, a timing as its median."""
-    cells = []
-    for key, value in record.items():
-        if isinstance(value, dict):
-            value = value["median"]
-        elif isinstance(value, list):
-            value = "/".join(str(item["median"]) for item in value)
-        cells.append(str(value) if key == "work" else f"{key}={value}")
-    return "  ".join(cells)
+    return "  ".join(_cell(value) if key == "work" else f"{key}={_cell(value)}" for key, value in record.items())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(_cell, value))
+    return str(value["median"] if isinstance(value, dict) else value)
 
 
 if __name__ == "__main__":

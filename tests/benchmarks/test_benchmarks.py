@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.__main__ import Plan, main
+from benchmarks.__main__ import Plan, _line, main
 from benchmarks.check import shortfalls
 from benchmarks.models import _beats, _equal, equals
 from benchmarks.timing import compare, speedup, summary
@@ -62,6 +62,12 @@ def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
     assert record["against"] == "butterfly_mixer_nano_32_dense"
     assert record["mac_ratio"] > 1
     assert record["reach"] == 1.0
+
+
+def test_a_record_on_a_line():
+    timing = {"median": 1.5, "low": 1.0}
+    record = {"work": "attention", "n": 4, "level_ms": [timing, timing], "beaten_by": ["resnet10t", "resnet18"]}
+    assert _line(record) == "attention  n=4  level_ms=1.5/1.5  beaten_by=resnet10t/resnet18"
 
 
 def test_check_names_what_falls_short():
