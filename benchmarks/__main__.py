@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from dimmix import list_models
 from dimmix.allocator import keep_freed_memory
 from dimmix.checkpoints import cards
+from dimmix.registry import dense_twin
 
 from . import layers, models, plots
 from .check import shortfalls
@@ -66,7 +66,7 @@ QUICK = Plan(seconds=1)
 def full_plan() -> Plan:
     """Everything, the models with weights among it."""
     trained = {card.architecture for card in cards().values() if card.dataset == "cifar10"}
-    bundled = {name for name in trained if f"{name}_dense" in list_models()}
+    bundled = {name for name in trained if dense_twin(name)}
     return Plan(
         seconds=0.8,
         linear=(256, 1024, 4096),

@@ -18,6 +18,7 @@ from dimmix.checkpoints import Card, cards
 from dimmix.export import export_model
 from dimmix.fuse import fuse
 from dimmix.profile import count_macs
+from dimmix.registry import dense_twin
 from dimmix.runtime import OnnxRuntime, model_spec
 
 from .timing import compare, speedup, summary
@@ -28,6 +29,7 @@ PEERS = Path(__file__).parents[1] / "docs" / "peers"
 """Cards of timm's models that were trained with a recipe of ours for comparison; their weights are not kept."""
 RESNET20 = "resnet20_w"
 EQUAL = 0.25  # points of top-1; the standard error of a share of 92 % in 10,000 images is 0.27
+LIKE_SIZE = 2  # a model of at most so many times the parameters is of like size
 
 
 def twins(names: Iterable[str], backend: str, batches: Iterable[int], seconds: float) -> list[Record]:
@@ -36,7 +38,7 @@ def twins(names: Iterable[str], backend: str, batches: Iterable[int], seconds: f
     Half of the saving: with m times fewer MACs, at most (1 + 1 / m) / 2 of the twin's time. `backend` is one of
     "eager", "fused" (eager with BatchNorm folded), "compiled", "onnxruntime", or for eager runs "bfloat16", "training".
     """
-    return [record for name in names for record in _pair(name, f"{name}_dense", backend, batches, seconds)]
+    return [record for name in names for record in _pair(name, dense_twin(name), backend, batches, seconds)]
 
 
 def equals(batches: Iterable[int], seconds: float) -> list[Record]:
@@ -47,7 +49,7 @@ def equals(batches: Iterable[int], seconds: float) -> list[Record]:
     """
     top1 = _accuracies()
     dense = sorted((name for name in top1 if name.startswith(RESNET20)), key=lambda n: int(n.removeprefix(RESNET20)))
-    sparse = (name for name in sorted(top1) if name.startswith("butterfly_resnet") and f"{name}_dense" in list_models())
+    sparse = (name for name in sorted(top1) if name.startswith("butterfly_resnet") and dense_twin(name))
     return [
         record | {"sparse_top1": top1[name], "dense_top1": top1[equal]}
         for name in sparse
@@ -136,7 +138,8 @@ def _onnx_runner(model: nn.Module) -> Callable[[torch.Tensor], object]:
 def front(names: Iterable[str], batch: int, seconds: float) -> list[Record]:
     """Milliseconds for a batch of each model, all in turn, with the accuracy that is known from a card.
 
-    `beaten_by` names timm's models that are as fast and as accurate as one of ours, which lies below their front then.
+    `beaten_by` names timm's models of like size that are as fast and as accurate as one of ours, which lies below their
+    front then; `beaten_by_larger` those of more than `LIKE_SIZE` times its parameters.
     """
     accuracy = _accuracies()
     models = {name: timm.create_model(name, num_classes=CLASSES).eval() for name in names}
@@ -156,9 +159,15 @@ def front(names: Iterable[str], batch: int, seconds: float) -> list[Record]:
     theirs = [record for record in records if record["work"] not in list_models() and record["top1"] is not None]
     for record in records:
         if record not in theirs and record["top1"] is not None:
-            record["beaten_by"] = [their["work"] for their in theirs if _beats(their, record)]
+            ahead = [their for their in theirs if _beats(their, record)]
+            record["beaten_by"] = [their["work"] for their in ahead if _like_size(their, record)]
+            record["beaten_by_larger"] = [their["work"] for their in ahead if not _like_size(their, record)]
     return records
 
 
 def _beats(theirs: Record, ours: Record) -> bool:
     return theirs["top1"] >= ours["top1"] and theirs["ms"]["median"] <= ours["ms"]["median"]
+
+
+def _like_size(theirs: Record, ours: Record) -> bool:
+    return theirs["params"] <= LIKE_SIZE * ours["params"]

@@ -25,6 +25,7 @@ def info(
     """
     from dataclasses import asdict
 
+    from dimmix.registry import dense_twin
     from dimmix.runtime import describe_model
     from dimmix.structure import macs_against_dense, mixing_levels
 
@@ -34,6 +35,7 @@ def info(
         "model": model,
         "params": sum(parameter.numel() for parameter in network.parameters()),
         "macs": modules[0]["macs"],
+        "dense_twin": dense_twin(model),
         "dense_macs": modules[0]["dense"],
         **asdict(spec.preprocess),
         "classes": len(spec.labels),

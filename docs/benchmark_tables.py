@@ -89,6 +89,7 @@ def _front() -> str:
         "MMACs": lambda record: f"{record['macs'] / 1e6:.1f}",
         "top-1, CIFAR-10": lambda record: "" if record["top1"] is None else f"{record['top1']:.2f}",
         "beaten by": lambda record: ", ".join(record.get("beaten_by", ())),
+        "by a larger one": lambda record: ", ".join(record.get("beaten_by_larger", ())),
     }
     return markdown_table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
 

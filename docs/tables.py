@@ -13,6 +13,7 @@ import benchmark_tables
 from huggingface_hub import EvalResult, ModelCardData
 
 from dimmix.checkpoints import Card, cards
+from dimmix.registry import dense_twin
 
 ROOT = Path(__file__).parent.parent
 SEEDS = ROOT / "docs" / "seeds"
@@ -104,7 +105,7 @@ def _draw_accuracy(found: list[Card]) -> None:
             dense = name.endswith("_dense") or name.startswith("resnet")
             axes.plot(card.macs, card.top1, "o" if dense else "s", color="tab:gray" if dense else "tab:blue")
             axes.annotate(name, (card.macs, card.top1), fontsize=7, xytext=(4, 3), textcoords="offset points")
-            if twin := chosen.get(f"{name}_dense"):
+            if twin := chosen.get(dense_twin(name) or ""):
                 axes.plot([card.macs, twin.macs], [card.top1, twin.top1], ":", color="tab:gray", zorder=0)
         axes.set(xscale="log", xlabel="multiply-accumulates an image", ylabel="top-1, %", title=dataset)
         axes.grid(alpha=0.3, which="both")
@@ -131,12 +132,13 @@ def _table(found: list[Card], short: bool = False) -> str:
 
 
 def _best_first(found: list[Card]) -> list[Card]:
-    """By data set and accuracy, each dense twin below its sparse model."""
-    reached = {(card.dataset, card.architecture): card.top1 for card in found}
+    """By data set and accuracy, each dense twin below the best of its sparse models."""
+    sparse: dict[tuple[str, str | None], float] = {}
+    for card in sorted(found, key=lambda card: card.top1):
+        sparse[card.dataset, dense_twin(card.architecture)] = card.top1
 
     def key(card: Card) -> tuple[str, float, str]:
-        sparse = card.architecture.removesuffix("_dense")
-        return card.dataset, -reached.get((card.dataset, sparse), card.top1), card.architecture
+        return card.dataset, -sparse.get((card.dataset, card.architecture), card.top1), card.architecture
 
     return sorted(found, key=key)
 

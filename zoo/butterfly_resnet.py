@@ -210,13 +210,15 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         # Four blocks a stage, the paper's "ResNet-23".
         "butterfly_resnet26_blockmix_w64": {"depths": (4, 4, 4), "width": 64, "radix": (8, 16, 16), "mixing": "block"},
         "butterfly_resnet_fast_32": _FAST,
+        "butterfly_resnet_fast_r64_32": _FAST | {"radix": (32, 64, 64), "first_radix": (32, 64, 64)},
         "butterfly_resnet_fast_blockmix_32": _FAST | {"mixing": "block", "radix": (32, 16, 16), "first_radix": None},
         "butterfly_resnet_nano_32": _NANO,
         "butterfly_resnet_tiny_32": _TINY,
         "butterfly_resnet_small_32": _SMALL,
         "butterfly_resnet_small_64": _SMALL | {"stem_stride": 2},
         "butterfly_resnet_small_224": _SMALL | {"stem_stride": 8},
-    }
+    },
+    structure=("radix", "first_radix"),
 )
 # The dense ResNet-20 that the sparse ones replace: the paper's baseline, and wider.
 VARIANTS |= {f"resnet20_w{width}": {"width": width, "mixing": "dense"} for width in (16, 20)}

@@ -1,15 +1,33 @@
 """One entry point of timm for each row of a family's table of variants."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
 
+_TWINS: dict[str, str] = {}
 
-def with_dense_twins(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Adds `name_dense` for every variant: the same shape with `mixing="dense"`."""
+
+def with_dense_twins(variants: dict[str, dict[str, Any]], structure: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Adds `name_dense` for every variant: the same shape with `mixing="dense"`.
+
+    Variants that differ in `structure` alone, arguments that a dense model does not read, have one dense twin under
+    several names; `dense_twin` knows it by that of the first.
+    """
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, args in variants.items():
+        shapes[name] = {key: value for key, value in args.items() if key not in structure and key != "mixing"}
+        first = next(known for known, shape in shapes.items() if shape == shapes[name])
+        _TWINS[name] = f"{first}_dense"
     return variants | {f"{name}_dense": args | {"mixing": "dense"} for name, args in variants.items()}
+
+
+def dense_twin(name: str) -> str | None:
+    """The dense twin of an architecture or of a checkpoint, `name.tag`; None where there is none."""
+    import timm  # noqa: F401  registers the families
+
+    return _TWINS.get(name.partition(".")[0].removesuffix("_monarch"))
 
 
 def register_variants(module: str, create: Callable[..., nn.Module], variants: dict[str, dict[str, Any]]) -> None:

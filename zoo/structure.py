@@ -11,6 +11,7 @@ from .layers.butterfly_attention import ButterflyAttention
 from .layers.butterfly_conv import ChannelTranspose
 from .layers.patch_fold import PatchFold
 from .profile import macs_by_module
+from .registry import dense_twin
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ def macs_against_dense(model: Any, name: str, input_size: tuple[int, ...]) -> li
     `dense` is None where the architecture `name` has no twin, or the twin no such part.
     """
     ours = macs_by_module(model, input_size)
-    twin_name = f"{name.partition('.')[0].removesuffix('_monarch')}_dense"
     twin: dict[str, int] = {}
-    if timm.is_model(twin_name):
+    if twin_name := dense_twin(name):
         twin = macs_by_module(timm.create_model(twin_name, num_classes=model.num_classes), input_size)
     parts = ["", *(part for part, module in model.named_children() if part != "blocks" and part in ours)]
     parts += [f"blocks.{i}" for i in range(len(model.blocks))] if hasattr(model, "blocks") else []

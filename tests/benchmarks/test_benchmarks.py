@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.__main__ import Plan, _line, main
 from benchmarks.check import shortfalls
-from benchmarks.models import _beats, _equal, equals
+from benchmarks.models import _beats, _equal, _like_size, equals
 from benchmarks.timing import compare, speedup, summary
 
 TINY = Plan(
@@ -109,6 +109,12 @@ def test_a_model_of_timm_beats_ours_only_if_no_slower_and_no_less_accurate():
     assert _beats({"top1": 90.0, "ms": {"median": 10.0}}, ours)
     assert not _beats({"top1": 95.0, "ms": {"median": 10.1}}, ours)
     assert not _beats({"top1": 89.9, "ms": {"median": 1.0}}, ours)
+
+
+def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():
+    assert _like_size({"params": 200}, {"params": 100})
+    assert _like_size({"params": 1}, {"params": 100})
+    assert not _like_size({"params": 201}, {"params": 100})
 
 
 def test_speedup_is_the_median_of_the_ratios_of_each_round():

@@ -6,6 +6,7 @@ import timm
 import torch
 
 import dimmix
+from dimmix.registry import dense_twin
 
 PAPER = {
     "vit_butterfly_paper_patch4_d4": 618_122,
@@ -70,7 +71,7 @@ def test_no_name_of_ours_is_one_of_timms():
 def test_every_sparse_variant_has_a_dense_twin_and_each_family_every_size():
     no_twin = ("wide_", "rp_", "sw_", "resnet20_")
     names = {name for name in dimmix.list_models() if not name.startswith(no_twin)}
-    assert all(f"{name}_dense" in names for name in names if not name.endswith(("_dense", "_monarch")))
+    assert all(dense_twin(name) in names for name in names if not name.endswith("_dense"))
     for family in ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer"):
         for size in (32, 64, 224):
             assert any(name.startswith(family) and name.endswith(f"_{size}") for name in names)
@@ -86,6 +87,19 @@ def test_dense_twin_has_the_shape_of_its_sparse_model_and_more_weights():
     x = _image(sparse)
     assert sparse.forward_features(x).shape == dense.forward_features(x).shape
     assert sum(p.numel() for p in dense.parameters()) > 4 * sum(p.numel() for p in sparse.parameters())
+
+
+def test_the_dense_twin_of_variants_of_one_shape_is_that_of_the_first():
+    assert dense_twin("butterfly_resnet20_convmix_w32.cifar10") == "butterfly_resnet20_convmix_w32_dense"
+    assert dense_twin("butterfly_resnet20_blockmix_w32") == "butterfly_resnet20_convmix_w32_dense"
+    assert dense_twin("butterfly_mixer_paper_d7_monarch") == "butterfly_mixer_paper_d7_dense"
+    assert dense_twin("butterfly_resnet20_convmix_w32_dense") is None
+    assert dense_twin("resnet18") is None
+
+    first, second = _create("butterfly_resnet20_convmix_w32_dense"), _create("butterfly_resnet20_blockmix_w32_dense")
+    second.load_state_dict(first.state_dict())
+    x = _image(first)
+    torch.testing.assert_close(second(x), first(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
