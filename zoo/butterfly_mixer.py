@@ -182,6 +182,17 @@ _FAST = {
     "stem_full_res": True,
     "stem_width": 128,
 }
+# 256 tokens: a dense MLP over all of them would be most of the work, and along rows and columns of 16 it is little. The
+# channels are one block, since few of them are left.
+_FAST_PATCH2 = {
+    "patch_size": 2,
+    "embed_dim": 96,
+    "depth": 4,
+    "token_radix": 16,
+    "channel_radix": 96,
+    "level_residual": True,
+    "stem_full_res": True,
+}
 _TINY = {"patch_size": 4, "embed_dim": 256, "depth": 8, "stem_full_res": True}
 _SMALL = {"patch_size": 4, "embed_dim": 400, "depth": 10}
 
@@ -190,6 +201,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         # CIFAR-10 accuracy in the paper: butterfly 83.70 %, dense 84.07 %, Monarch 83.49 %.
         "butterfly_mixer_paper_d7": _PAPER,
         "butterfly_mixer_fast_32": _FAST,
+        "butterfly_mixer_fast_patch2_32": _FAST_PATCH2,
         "butterfly_mixer_nano_32": _NANO,
         "butterfly_mixer_tiny_32": _TINY,
         "butterfly_mixer_small_32": _SMALL,

@@ -5,8 +5,10 @@ a step cuts the image into patches, runs LayerNorm and one MLP on the values of 
 5x5 and 7x7 on a 35x35 image alternate; what one keeps apart the other brings together. Depth counts pairs of steps.
 
 The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
-image to more channels with one convolution or two first, strided in `tiny` and for larger inputs. The dense twin adds,
-to every step, an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
+image to more channels with one convolution or two first, strided in `tiny` and for larger inputs. In `strided` the
+partitions overlap as the levels of a butterfly do: patches of one size whose pixels lie 1, 2, 4, 8 apart. The dense
+twin adds, to every step, an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the
+whole image.
 """
 
 from typing import Any
@@ -17,6 +19,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
 from .pretrained import build
@@ -87,6 +90,16 @@ class PatchStep(nn.Module):
         return x
 
 
+def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:
+    """(patch size, stride) of each step of a round."""
+    if not strided:
+        return [(size, 1) for size in patch_sizes]
+    levels = [(size, level) for size in patch_sizes for level in ButterflySchedule(grid_size, size).levels]
+    if any(level.order for _, level in levels):
+        raise ValueError(f"strided patches of {patch_sizes} need a grid of powers of them, not grid_size={grid_size}")
+    return [(size, level.stride) for size, level in levels]
+
+
 class PatchOnlyMixer(Trunk):
     """See the module's docstring.
 
@@ -94,6 +107,8 @@ class PatchOnlyMixer(Trunk):
         img_size: (H, W) or one number: the input; fixed, since the head has weights for every position.
         grid_size: side of the square image that is mixed, after resizing; every patch size divides it.
         patch_sizes: the alternating patch sizes; the depth counts rounds of all of them.
+        strided: patches of a size are the levels of a butterfly over rows and columns: of neighbouring pixels, then of
+            pixels ever farther apart, so that a round of all levels reaches the whole image. Not in the paper.
         depth: rounds.
         channels: of the mixed image.
         mlp_ratio: hidden features per patch value.
@@ -104,7 +119,7 @@ class PatchOnlyMixer(Trunk):
         drop_path_rate: stochastic depth of the last round, growing linearly from 0.
 
     Raises:
-        ValueError: a patch size that does not divide the grid, unknown `mixing`.
+        ValueError: a patch size that does not divide the grid, or with `strided` is no root of it; unknown `mixing`.
     """
 
     def __init__(
@@ -112,6 +127,7 @@ class PatchOnlyMixer(Trunk):
         img_size: int | tuple[int, int] = 32,
         grid_size: int = 35,
         patch_sizes: tuple[int, ...] = (5, 7),
+        strided: bool = False,
         depth: int = 7,
         channels: int = 3,
         mlp_ratio: int = 2,
@@ -141,8 +157,10 @@ class PatchOnlyMixer(Trunk):
             *[
                 nn.Sequential(
                     *[
-                        PatchStep(PatchFold(channels, grid, size), mlp_ratio, across, proj_drop_rate, rates[i], **dd)
-                        for size in patch_sizes
+                        PatchStep(
+                            PatchFold(channels, grid, size, stride), mlp_ratio, across, proj_drop_rate, rates[i], **dd
+                        )
+                        for size, stride in _steps(patch_sizes, grid_size, strided)
                     ]
                 )
                 for i in range(depth)
@@ -184,6 +202,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PatchOnlyMixer) -
 
 _PAPER = {"grid_size": 35, "patch_sizes": (5, 7), "channels": 3, "stem_stride": None}
 _TINY = {"grid_size": 15, "patch_sizes": (3, 5), "channels": 8, "depth": 5, "stem_stride": 2, "stem_width": 32}
+# Patches of 2x2 pixels at strides 1, 2, 4 and 8: so many small ones that an MLP across them would be most of the work.
+_STRIDED = {
+    "grid_size": 16,
+    "patch_sizes": (2,),
+    "strided": True,
+    "channels": 12,
+    "depth": 4,
+    "stem_stride": 2,
+    "stem_width": 48,
+}
 _SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
@@ -191,6 +219,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         # CIFAR-10 accuracy in the paper: 84.23 and 84.91 %.
         "patch_only_mixer_paper_d7": _PAPER | {"depth": 7},
         "patch_only_mixer_paper_d10": _PAPER | {"depth": 10},
+        "patch_only_mixer_strided_32": _STRIDED,
         "patch_only_mixer_tiny_32": _TINY,
         "patch_only_mixer_small_32": _SMALL,
         "patch_only_mixer_small_64": _SMALL | {"img_size": 64, "stem_stride": 2},

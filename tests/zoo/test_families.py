@@ -163,6 +163,7 @@ def test_vit_refuses_what_it_cannot_become():
         ("butterfly_mixer_nano_32", {"mixing": "conv"}, "is not one of 'butterfly', 'monarch', 'dense'"),
         ("patch_only_mixer_tiny_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
         ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 15x15"),
+        ("patch_only_mixer_strided_32", {"grid_size": 12}, "need a grid of powers of them, not grid_size=12"),
         ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
         ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
         ("butterfly_resnet_nano_32", {"global_pool": "median"}, "global_pool='median' is not one of"),
@@ -200,6 +201,16 @@ def test_patch_only_mixer_reaches_every_pixel_and_one_step_does_not():
     assert reached(model.blocks) > reached(model.blocks[:1]) > 9 / 225
     dense = _create("patch_only_mixer_tiny_32_dense").double()
     assert reached(dense.blocks[0][0]) == 1.0
+
+
+def test_a_round_of_strided_patches_reaches_every_pixel_and_fewer_steps_do_not():
+    model = _create("patch_only_mixer_strided_32").double()
+    steps = model.blocks[0]
+    assert [step.fold.stride for step in steps] == [1, 2, 4, 8]
+    for count, share in ((1, 4 / 256), (2, 16 / 256), (3, 64 / 256), (4, 1.0)):
+        x = torch.randn(1, 12, 16, 16, dtype=torch.float64, requires_grad=True)
+        steps[:count](x)[0, 0, 7, 7].backward()
+        assert (x.grad != 0).all(1).double().mean().item() == share
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "flatten", ""])

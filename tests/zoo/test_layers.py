@@ -213,6 +213,19 @@ def test_patch_fold_orders_values_as_unfold_does_and_undoes_itself():
         PatchFold(3, (6, 8), 5)
 
 
+def test_strided_patches_are_the_pixels_so_far_apart():
+    fold = PatchFold(3, (8, 12), 2, stride=2)
+    x = torch.randn(2, 3, 8, 12)
+    patches = fold.unfold(x)
+    assert patches.shape == (2, fold.num_patches, fold.values) == (2, 24, 12)
+    corners = [(row + i, column + j) for row in (0, 4) for i in (0, 1) for column in (0, 4, 8) for j in (0, 1)]
+    plain = [x[:, :, row : row + 3 : 2, column : column + 3 : 2].flatten(1) for row, column in corners]
+    assert torch.equal(patches, torch.stack(plain, 1))
+    assert torch.equal(fold.fold(patches), x)
+    with pytest.raises(ValueError, match="patch_size=2 at stride 4 does not divide the image size 8x12"):
+        PatchFold(3, (8, 12), 2, stride=4)
+
+
 def test_permute_undoes_itself_and_refuses_what_is_no_permutation():
     permute = Permute([2, 0, 1], dim=1)
     x = torch.tensor([[10, 11, 12]])

@@ -12,31 +12,35 @@ class PatchFold(nn.Module):
         channels: C of the image.
         img_size: (H, W).
         patch_size: side p of a patch.
+        stride: pixels from one of a patch's rows or columns to the next; beyond 1 patches lie within each other.
 
     Raises:
-        ValueError: `patch_size` does not divide the height or the width.
+        ValueError: `patch_size * stride` does not divide the height or the width.
     """
 
-    def __init__(self, channels: int, img_size: tuple[int, int], patch_size: int) -> None:
+    def __init__(self, channels: int, img_size: tuple[int, int], patch_size: int, stride: int = 1) -> None:
         super().__init__()
         height, width = img_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"patch_size={patch_size} does not divide the image size {height}x{width}")
-        self.channels, self.patch_size = channels, patch_size
-        self.rows, self.columns = height // patch_size, width // patch_size
-        self.num_patches, self.values = self.rows * self.columns, channels * patch_size * patch_size
+        span = patch_size * stride
+        if height % span or width % span:
+            patch = f"patch_size={patch_size}" + (f" at stride {stride}" if stride > 1 else "")
+            raise ValueError(f"{patch} does not divide the image size {height}x{width}")
+        self.channels, self.patch_size, self.stride = channels, patch_size, stride
+        self.rows, self.columns = height // span, width // span
+        self.num_patches, self.values = self.rows * self.columns * stride**2, channels * patch_size * patch_size
 
     def unfold(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_patches, C * p * p)."""
-        p = self.patch_size
-        x = x.reshape(-1, self.channels, self.rows, p, self.columns, p)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.num_patches, self.values)
+        p, s = self.patch_size, self.stride
+        x = x.reshape(-1, self.channels, self.rows, p, s, self.columns, p, s)
+        return x.permute(0, 2, 4, 5, 7, 1, 3, 6).reshape(-1, self.num_patches, self.values)
 
     def fold(self, x: Tensor) -> Tensor:
         """(B, num_patches, C * p * p) -> (B, C, H, W)."""
-        p = self.patch_size
-        x = x.reshape(-1, self.rows, self.columns, self.channels, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.channels, self.rows * p, self.columns * p)
+        p, s = self.patch_size, self.stride
+        x = x.reshape(-1, self.rows, s, self.columns, s, self.channels, p, p)
+        x = x.permute(0, 5, 1, 6, 2, 3, 7, 4)
+        return x.reshape(-1, self.channels, self.rows * p * s, self.columns * p * s)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns} patches of {self.patch_size}x{self.patch_size}, {self.channels} channels"
