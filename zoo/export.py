@@ -19,7 +19,7 @@ from .datasets import LabelledImages, Sample
 from .errors import DimmixError
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
-from .fuse import fuse
+from .fuse import fuse, merge_groups
 from .preprocess import Preprocess
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
 
@@ -29,6 +29,8 @@ SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "timm
 BATCHES = (1, 2, 7)
 """Every export is run at these batch sizes."""
 
+ONNX_GROUP = 16
+"""onnxruntime's fast convolutions take groups of whole vectors of 16 channels, smaller ones go by a slow way."""
 
 CALIBRATION_IMAGES = 128
 """At most so many images set the ranges of int8, and no more than a quarter of those given."""
@@ -168,7 +170,7 @@ def _write_onnx(
     import onnx
 
     torch.onnx.export(
-        _WithFeatures(fuse(model)).eval(),
+        _WithFeatures(merge_groups(fuse(model), ONNX_GROUP)).eval(),
         _example(model, spec.preprocess),
         path,
         dynamo=True,

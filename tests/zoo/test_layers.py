@@ -162,6 +162,16 @@ def test_small_groups_in_bfloat16_attend_by_products_too(monkeypatch):
         layer.float()(x.float())  # by the fused kernel
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_exported_attention_is_products_alone_and_gives_the_same(bias):
+    layer = ButterflyAttention(8, ButterflySchedule(64, 8).levels[1], num_heads=2, qkv_bias=bias).eval()
+    x = torch.randn(2, 64, 8)
+    program = torch.export.export(layer, (x,))
+    assert "scaled_dot_product_attention" not in program.graph_module.code
+    assert "bmm" not in program.graph_module.code  # q, k and v by a linear map each
+    _close(program.module()(x), layer(x))
+
+
 def test_butterfly_attention_without_bias_and_with_heads_that_do_not_divide():
     level = ButterflySchedule(4, 2).levels[1]
     layer = ButterflyAttention(8, level, num_heads=2, qkv_bias=False)

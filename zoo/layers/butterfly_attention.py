@@ -1,5 +1,7 @@
 """Butterfly Attention: self-attention inside the strided groups of one butterfly level."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,8 @@ from .pointwise import Linear, beats_a_product, pointwise
 
 SMALL_GROUP, SMALL_GROUP_BF16 = 64, 256
 """Up to so many tokens in a group, training on a CPU keeps the scores, and bfloat16 does so in inference too: the fused
-kernel takes two to six times as long in bfloat16 (docs/performance.md), and the scores of such groups are few."""
+kernel takes two to six times as long in bfloat16 (docs/performance.md), and the scores of such groups are few. Exports
+keep them up to the second."""
 
 
 class ButterflyAttention(nn.Module):
@@ -73,10 +76,11 @@ class ButterflyAttention(nn.Module):
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B * N, C) -> three of that shape, each contiguous."""
         weight, bias = self.qkv.weight, self.qkv.bias
-        if not torch.jit.is_scripting() and beats_a_product(x):
-            biases = [None] * 3 if bias is None else bias.chunk(3)
-            q, k, v = (pointwise(x, w, b) for w, b in zip(weight.chunk(3), biases, strict=True))
-            return q, k, v
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_exporting():
+                return _in_thirds(F.linear, x, weight, bias)  # in ONNX the product of all three is three copies of x
+            if beats_a_product(x):
+                return _in_thirds(pointwise, x, weight, bias)
         weight = weight.view(3, -1, x.shape[1]).transpose(1, 2)
         tokens = x.unsqueeze(0).expand(3, -1, -1)
         if bias is None:
@@ -89,6 +93,9 @@ class ButterflyAttention(nn.Module):
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
         q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:
+            # What ONNX makes of the fused kernel works out shapes as it runs, and turns the keys twice.
+            return ((q @ k.mT * self.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).reshape(shape)
         if not torch.jit.is_scripting() and _keeps_scores(q, self.radix):
             return _attend_by_products(q, k, v).transpose(1, 2).reshape(shape)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
@@ -108,6 +115,16 @@ def _keeps_scores(q: Tensor, group: int) -> bool:
     if q.dtype == torch.bfloat16:
         return group <= SMALL_GROUP_BF16
     return torch.is_grad_enabled() and group <= SMALL_GROUP
+
+
+@torch.jit.unused
+def _in_thirds(
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (rows, C) by each third of a weight (3 * C, C) and of its bias."""
+    C = x.shape[1]
+    q, k, v = (linear(x, weight[i : i + C], None if bias is None else bias[i : i + C]) for i in (0, C, 2 * C))
+    return q, k, v
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

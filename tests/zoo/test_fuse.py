@@ -1,0 +1,61 @@
+"""Folded norms and merged groups: other weights, the same function."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import dimmix  # noqa: F401
+from dimmix.fuse import fuse, merge_groups
+
+
+def _trained_a_little(name):
+    """A model in float64 whose BatchNorms are not where they started."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).double()
+    model(torch.randn(8, 3, 32, 32, dtype=torch.float64))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias, -1.0, 1.0)
+    return model.eval()
+
+
+def _groups(model):
+    return {module.groups for module in model.modules() if isinstance(module, nn.Conv2d)}
+
+
+@torch.no_grad()
+def test_a_fused_model_has_no_norm_and_gives_the_same():
+    model = _trained_a_little("butterfly_resnet_nano_32")
+    fused = fuse(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["butterfly_resnet20_convmix_w32", "butterfly_resnet20_blockmix_w32"])
+def test_merged_groups_are_wide_enough_and_give_the_same(name):
+    model = fuse(_trained_a_little(name))
+    before = _groups(model)
+    merged = merge_groups(model, 16)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-12, atol=1e-12)
+    grouped = [module for module in merged.modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
+    assert {conv.in_channels // conv.groups for conv in grouped} == {16}
+    assert _groups(model) == before
+
+
+@torch.no_grad()
+def test_merging_leaves_groups_that_do_not_add_up():
+    narrow, odd = nn.Conv2d(6, 12, 1, groups=3), nn.Conv2d(12, 12, 1, groups=4)
+    model = nn.Sequential(narrow, odd)
+    merged = merge_groups(model, 4)
+    assert [conv.groups for conv in merged] == [3, 4]  # 3 groups of 2 do not pair, and 4 is no multiple of 3
+    wide = merge_groups(nn.Sequential(nn.Conv2d(8, 16, 3, groups=4)), 4)[0]
+    assert wide.groups == 2
+    assert wide.weight.shape == (16, 4, 3, 3)
+    assert (wide.weight[:4, 2:] == 0).all()
+    assert (wide.weight[4:8, :2] == 0).all()
