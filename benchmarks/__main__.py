@@ -20,7 +20,7 @@ from dimmix.allocator import keep_freed_memory
 from dimmix.checkpoints import cards
 from dimmix.registry import dense_twin
 
-from . import layers, models, plots
+from . import layers, models, operators, plots
 from .check import shortfalls
 from .machine import describe
 
@@ -57,6 +57,7 @@ class Plan:
     others: Sequence[str] = ()
     batches: Sequence[int] = (1, 64)
     equals: bool = False
+    operators: bool = False
     memory: Sequence[int] = field(default=(1024, 4096, 16384))
 
 
@@ -76,6 +77,7 @@ def full_plan() -> Plan:
         compiled=tuple(sorted(bundled)) or SPARSE[:1],
         others=(*sorted(trained - bundled), *TIMM),
         equals=True,
+        operators=True,
     )
 
 
@@ -95,6 +97,9 @@ def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
         jobs.append(("twins", lambda: models.twins(plan.compiled, "compiled", plan.batches, plan.seconds)))
     if plan.equals:
         jobs.append(("equals", lambda: models.equals(plan.batches, plan.seconds)))
+    if plan.operators:
+        profiled = dict.fromkeys(name for model in plan.models for name in (model, dense_twin(model)))
+        jobs.append(("operators", lambda: operators.operators(profiled, plan.batches[-1])))
     if plan.others:
         jobs.append(("front", lambda: models.front((*plan.models, *plan.others), plan.batches[-1], 5 * plan.seconds)))
     results: dict[str, list[dict[str, Any]]] = {}
@@ -148,7 +153,9 @@ def _line(record: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return "/".join(map(_cell, value))
-    return str(value["median"] if isinstance(value, dict) else value)
+    if not isinstance(value, dict):
+        return str(value)
+    return str(value["median"]) if "median" in value else "/".join(f"{key} {part}" for key, part in value.items())
 
 
 if __name__ == "__main__":

@@ -94,6 +94,18 @@ def _front() -> str:
     return markdown_table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
 
 
+def _operators() -> str:
+    columns: dict[str, Callable[[Record], object]] = {"model": _get("work"), "ms": _get("pass_ms")}
+    for place, title in enumerate(("first", "second", "third", "fourth", "fifth")):
+        columns[title] = lambda record, place=place: _share(record, place)
+    return markdown_table(_records("operators"), columns)
+
+
+def _share(record: Record, place: int) -> str:
+    kind, percent = list(record["shares"].items())[place]
+    return f"{kind} {percent:.0f}"
+
+
 def _command_line() -> str:
     measured = json.loads((FOLDER / "cli.json").read_text(encoding="utf-8"))
     rows = {
@@ -161,5 +173,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "twins": _twins,
     "equals": _equals,
     "front": _front,
+    "operators": _operators,
     "cli": _command_line,
 }

@@ -19,6 +19,7 @@ TINY = Plan(
     modes=("float32", "bfloat16", "training"),
     backends=("fused", "training"),
     models=("butterfly_mixer_nano_32",),
+    operators=True,
     others=("test_resnet",),
     batches=(1,),
 )
@@ -37,7 +38,7 @@ def _records(folder, subject):
 
 def test_writes_a_file_a_subject_with_the_machine_and_the_plots(folder):
     written = {path.name for path in folder.iterdir()}
-    subjects = {"linear", "mlp", "attention", "memory", "twins", "front"}
+    subjects = {"linear", "mlp", "attention", "memory", "twins", "front", "operators"}
     assert written == {f"{s}.json" for s in subjects} | {"linear.png", "attention.png", "models.png"}
     machine = json.loads((folder / "linear.json").read_text())["machine"]
     assert machine["cores"] >= 1
@@ -64,10 +65,19 @@ def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
     assert record["reach"] == 1.0
 
 
+def test_operators_share_out_the_whole_pass(folder):
+    sparse, dense = _records(folder, "operators")
+    assert [sparse["work"], dense["work"]] == ["butterfly_mixer_nano_32", "butterfly_mixer_nano_32_dense"]
+    assert sum(sparse["shares"].values()) == pytest.approx(100, abs=2)
+    assert "batched product" in sparse["shares"]
+    assert "batched product" not in dense["shares"]
+
+
 def test_a_record_on_a_line():
     timing = {"median": 1.5, "low": 1.0}
     record = {"work": "attention", "n": 4, "level_ms": [timing, timing], "beaten_by": ["resnet10t", "resnet18"]}
     assert _line(record) == "attention  n=4  level_ms=1.5/1.5  beaten_by=resnet10t/resnet18"
+    assert _line({"work": "mine", "shares": {"sum": 1.5, "copy": 2.0}}) == "mine  shares=sum 1.5/copy 2.0"
 
 
 def test_check_names_what_falls_short():

@@ -115,6 +115,8 @@ class FeatureMixer(nn.Module):
 
     @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return self.mix(x.t()).flatten(0, -2).t()  # onnxruntime turns a matrix fast, and more axes slowly
         if not runs_eagerly(x):
             return self.mix(x.t(), True)
         if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x):

@@ -25,8 +25,8 @@ class ChannelTranspose(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
-            if torch.compiler.is_exporting() and self.outer == 1:
-                return torch.channel_shuffle(x, self.middle)  # other runtimes have a layout of their own
+            if torch.compiler.is_exporting():  # other runtimes have a layout of their own
+                return x.unflatten(1, [self.outer, self.middle, self.inner]).transpose(2, 3).flatten(1, 3)
         x = x.permute(0, 2, 3, 1)
         if self.outer == 1:
             x = transpose_last(x, self.middle, self.inner)

@@ -48,7 +48,7 @@ class ConvStem(nn.Sequential):
         for i, step in enumerate(strides, start=1):
             left = len(strides) - i
             chs = max(width >> left, 8) if left else width
-            layers += [ConvNorm(in_chans, chs, 3, step, device=device, dtype=dtype), nn.ReLU()]
+            layers += [ConvNorm(in_chans, chs, 3, step, device=device, dtype=dtype), nn.ReLU(inplace=True)]
             in_chans = chs
         if dim is not None:
             layers.append(nn.Conv2d(width, dim, 1, device=device, dtype=dtype))
