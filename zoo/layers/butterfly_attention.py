@@ -93,11 +93,12 @@ class ButterflyAttention(nn.Module):
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
         q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
-        if not torch.jit.is_scripting() and torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:
-            # What ONNX makes of the fused kernel works out shapes as it runs, and turns the keys twice.
-            return ((q @ k.mT * self.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).reshape(shape)
-        if not torch.jit.is_scripting() and _keeps_scores(q, self.radix):
-            return _attend_by_products(q, k, v).transpose(1, 2).reshape(shape)
+        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
+            if torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:
+                # What ONNX makes of the fused kernel works out shapes as it runs, and turns the keys twice.
+                return ((q @ k.mT * self.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).reshape(shape)
+            if _keeps_scores(q, self.radix):
+                return _attend_by_products(q, k, v).transpose(1, 2).reshape(shape)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
 
     def fold_groups(self, x: Tensor) -> Tensor:
