@@ -26,11 +26,12 @@ def merge_groups(model: nn.Module, least: int) -> nn.Module:
     """A copy of `model` whose grouped convolutions have groups of `least` channels or more, neighbours merged.
 
     The weights between the merged groups are zeros, so the function stays the same and the weights become more: for a
-    runtime that is slow with small groups. A convolution whose groups do not make up `least` channels stays as it is.
+    runtime that is slow with small groups. A convolution whose groups do not make up `least` channels stays, and
+    so does one of single channels, which runtimes have a fast way for.
     """
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] < least:
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and 1 < module.weight.shape[1] < least:
             merged, rest = divmod(least, module.weight.shape[1])
             if rest == 0 and module.groups % merged == 0:
                 _merge(module, merged)
@@ -41,7 +42,7 @@ def merge_groups(model: nn.Module, least: int) -> nn.Module:
 def _merge(conv: nn.Conv2d, merged: int) -> None:
     """Every `merged` groups become one with a block-diagonal weight."""
     groups, width = conv.groups, conv.weight.shape[1]
-    blocks = conv.weight.view(groups // merged, merged, -1, width, *conv.kernel_size)
+    blocks = conv.weight.reshape(groups // merged, merged, -1, width, *conv.kernel_size)
     weight = blocks.new_zeros(groups // merged, merged, blocks.shape[2], merged, width, *conv.kernel_size)
     for i in range(merged):
         weight[:, i, :, i] = blocks[:, i]

@@ -51,10 +51,10 @@ def test_merged_groups_are_wide_enough_and_give_the_same(name):
 @torch.no_grad()
 def test_merging_leaves_groups_that_do_not_add_up():
     narrow, odd = nn.Conv2d(6, 12, 1, groups=3), nn.Conv2d(12, 12, 1, groups=4)
-    model = nn.Sequential(narrow, odd)
-    merged = merge_groups(model, 4)
-    assert [conv.groups for conv in merged] == [3, 4]  # 3 groups of 2 do not pair, and 4 is no multiple of 3
-    wide = merge_groups(nn.Sequential(nn.Conv2d(8, 16, 3, groups=4)), 4)[0]
+    merged = merge_groups(nn.Sequential(narrow, odd, nn.Conv2d(16, 16, 3, groups=16)), 4)
+    # 3 groups of 2 do not pair, 4 is no multiple of 3, and single channels have a fast way of their own.
+    assert [conv.groups for conv in merged] == [3, 4, 16]
+    wide = merge_groups(nn.Sequential(nn.Conv2d(8, 16, 3, groups=4)).to(memory_format=torch.channels_last), 4)[0]
     assert wide.groups == 2
     assert wide.weight.shape == (16, 4, 3, 3)
     assert (wide.weight[:4, 2:] == 0).all()
