@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from dimmix.butterfly import ButterflySchedule
 from dimmix.fuse import fuse
@@ -20,6 +21,7 @@ from dimmix.layers import (
     pointwise,
 )
 from dimmix.layers.permute import transpose_last
+from dimmix.layers.pointwise import to_pixels, to_rows
 
 SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
 
@@ -71,23 +73,23 @@ def test_rows_by_convolutions_are_rows_by_products(n, radix, features):
     for layer in layers:
         x = torch.randn(32, wide * n)
         with torch.no_grad():
-            assert (layer.mix_rows(x) - layer.mix(x.t(), True)).abs().max() < 1e-12
+            convolved = to_rows(layer.mix_pixels(to_pixels(x)))
+            assert (convolved - layer.mix(x.t(), True)).abs().max() < 1e-12
 
 
 @pytest.fixture
 def convolutions(monkeypatch):
-    """How many groups each call of `pointwise` had, where it takes float64 of 16 rows and more."""
-    seen, convolve = [], pointwise.pointwise
+    """How many groups each convolution had, of layers that take float64 of 16 rows and more."""
+    seen, convolve = [], F.conv2d
 
-    def count(x, weight, bias, groups=1):
+    def count(x, weight, bias=None, groups=1):
         seen.append(groups)
-        return convolve(x, weight, bias, groups)
+        return convolve(x, weight, bias, groups=groups)
 
     def takes(x):
         return not torch.is_grad_enabled() and x.shape[:-1].numel() % 16 == 0
 
-    for module in (pointwise, block_linear, butterfly_attention):
-        monkeypatch.setattr(module, "pointwise", count)
+    monkeypatch.setattr(F, "conv2d", count)
     monkeypatch.setattr(block_linear, "folds_into_pixels", takes)
     for module in (pointwise, butterfly_attention):
         monkeypatch.setattr(module, "beats_a_product", takes)
@@ -117,17 +119,6 @@ def test_layers_that_take_convolutions_are_the_same_functions(monkeypatch, convo
     assert (actual - expected).abs().max() < 1e-12
 
 
-def test_rows_by_convolutions_in_tiles(monkeypatch, convolutions):
-    monkeypatch.setattr(block_linear, "GROUP_MACS", 1)
-    monkeypatch.setattr(block_linear, "TILE", 16 * 12)
-    monkeypatch.setattr(block_linear, "FEWEST_ROWS", 16)
-    layer, x = ButterflyLinear(12, 12, 4), torch.randn(80, 12)
-    with torch.no_grad():
-        actual = layer(x)
-    assert len(convolutions) == 2 * 5
-    assert (actual - layer(x)).abs().max() < 1e-12
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_what_folds_into_pixels():
     x = torch.randn(256, 4, dtype=torch.float32)
@@ -147,7 +138,7 @@ def test_what_folds_into_pixels():
 def test_convolutions_in_float32_are_as_exact_as_products():
     layer, x = ButterflyMlp(256, 16).float(), torch.randn(2048, 256, dtype=torch.float32)
     with torch.no_grad():
-        convolved, product = layer.mix_rows(x), layer.mix(x.t(), True)
+        convolved, product = to_rows(layer.mix_pixels(to_pixels(x))), layer.mix(x.t(), True)
         exact = layer.double().mix(x.double().t(), True)
     assert (convolved - exact).abs().max() < 2 * (product - exact).abs().max() + 1e-7
 

@@ -10,20 +10,22 @@ is to bring the rows to the front, in runs of `radix`, and a transpose of `radix
 times as fast as to transpose (n, rows). Where no gradient is wanted, a CPU does all of it tile by tile, so that
 what passes between the levels stays in its cache; and what is small comes back as a transposed view.
 
-Large blocks and many rows need no features-first layout there: a level is a convolution in groups (`pointwise`) between
-two transposes within the rows, or on its own where its stride is 1.
+Large blocks and many rows need no features-first layout there: a level is a convolution in groups over pixels whose
+channels are the features (`pointwise`), between two transposes of the channels, or on its own where its stride is 1.
+Rows stay whole then: a convolution of few is slow.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
 from .eager import runs_eagerly
 from .permute import Permute, transpose_last
-from .pointwise import FEWEST_ROWS, folds_into_pixels, pointwise
+from .pointwise import folds_into_pixels, to_pixels, to_rows
 
 TILE = 2**18
 """Numbers in a tile of rows; four tiles and fewer stay whole. The fastest of 2**15 to 2**20, on cores of 1 MiB L2."""
@@ -73,10 +75,11 @@ class BlockLinear(nn.Module):
             return torch.bmm(x, weight)
         return torch.baddbmm(self.bias.unsqueeze(1), x, weight)
 
-    def forward_rows(self, x: Tensor) -> Tensor:
-        """(rows, blocks * in_features) -> (rows, blocks * out_features), by `pointwise`."""
-        bias = None if self.bias is None else self.bias.flatten()
-        return pointwise(x, self.weight.flatten(0, 1), bias, len(self.weight))
+    def forward_pixels(self, x: Tensor) -> Tensor:
+        """(images, blocks * in_features, 4, 4) -> (images, blocks * out_features, 4, 4), a convolution in groups."""
+        blocks, _, in_features = self.weight.shape
+        bias = None if self.bias is None else self.bias.view(-1)
+        return F.conv2d(x, self.weight.view(-1, in_features, 1, 1), bias, groups=blocks)
 
     def dense_equivalent(self) -> Tensor:
         """The block-diagonal matrix itself, (blocks * out_features, blocks * in_features)."""
@@ -90,7 +93,7 @@ class BlockLinear(nn.Module):
 class FeatureMixer(nn.Module):
     """Base of the layers that mix one axis: they define `mix`, features first, and get `forward`, features last.
 
-    Those made of blocks of `block` features define `mix_rows` too, the same with features last throughout.
+    Those made of blocks of `block` features define `mix_pixels` too, the same with features last throughout.
     """
 
     block = 0
@@ -103,8 +106,8 @@ class FeatureMixer(nn.Module):
         raise NotImplementedError
 
     @torch.jit.unused
-    def mix_rows(self, x: Tensor) -> Tensor:
-        """(rows, in_features) -> (rows, out_features) of an `x` that `folds_into_pixels`."""
+    def mix_pixels(self, x: Tensor) -> Tensor:
+        """(images, in_features, 4, 4) -> (images, out_features, 4, 4): rows that `to_pixels` took for pixels."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,12 +118,12 @@ class FeatureMixer(nn.Module):
 
     @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            return self.mix(x.t()).flatten(0, -2).t()  # onnxruntime turns a matrix fast, and more axes slowly
         if not runs_eagerly(x):
+            if torch.compiler.is_exporting():
+                return self.mix(x.t()).flatten(0, -2).t()  # onnxruntime turns a matrix fast, and more axes slowly
             return self.mix(x.t(), True)
         if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x):
-            return _in_tiles(self.mix_rows, x, max(TILE // x.shape[1] // FEWEST_ROWS, 1) * FEWEST_ROWS)
+            return to_rows(self.mix_pixels(to_pixels(x)))
         if x.numel() <= SMALL:
             return self.mix(x.t()).reshape(-1, len(x)).t()
         return _in_tiles(lambda tile: self.mix(tile.t(), True), x, max(TILE // x.shape[1], 1))
@@ -196,23 +199,29 @@ class LevelView(nn.Module):
             x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.inverse).flatten(1)
         return x
 
-    def split_rows(self, x: Tensor, block: int) -> Tensor:
-        """(rows, n * width) -> (rows, blocks * block), the features of a block side by side."""
+    def split_pixels(self, x: Tensor, block: int) -> Tensor:
+        """(images, n * width, 4, 4) -> (images, blocks * block, 4, 4), the features of a block side by side."""
         if self.permute is not None:
-            x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.order).flatten(1)
-        return self._transpose_groups(x, block, self.stride)
+            rows = to_rows(x).unflatten(1, [self.n, -1])
+            x = to_pixels(rows.index_select(1, self.permute.order).flatten(1))
+        return x if self.stride == 1 else self._transpose_channels(x, block)
 
-    def merge_rows(self, x: Tensor, block: int) -> Tensor:
-        """(rows, blocks * block) -> (rows, n * width), features in natural order."""
-        x = self._transpose_groups(x, self.stride, block)
+    def merge_pixels(self, x: Tensor, block: int) -> Tensor:
+        """(images, blocks * block, 4, 4) -> (images, n * width, 4, 4), features in natural order."""
+        if self.stride > 1:
+            x = self._transpose_channels(x, self.stride)
         if self.permute is not None:
-            x = x.unflatten(1, [self.n, -1]).index_select(1, self.permute.inverse).flatten(1)
+            rows = to_rows(x).unflatten(1, [self.n, -1])
+            x = to_pixels(rows.index_select(1, self.permute.inverse).flatten(1))
         return x
 
-    def _transpose_groups(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        if self.stride == 1:
-            return x
-        return transpose_last(x.view(len(x), self.groups, rows * columns), rows, columns).flatten(1)
+    def _transpose_channels(self, x: Tensor, rows: int) -> Tensor:
+        """Within each group, channel (i, j) of `rows` by any number becomes channel (j, i)."""
+        if self.groups == 1:
+            return torch.channel_shuffle(x, rows)
+        channels = x.shape[1]
+        x = x.permute(0, 2, 3, 1).reshape(1, 1, -1, channels // self.groups).permute(0, 3, 1, 2)
+        return to_pixels(torch.channel_shuffle(x, rows).permute(0, 2, 3, 1).reshape(-1, channels))
 
     def extra_repr(self) -> str:
         return "groups={}, radix={}, stride={}".format(*self.level)

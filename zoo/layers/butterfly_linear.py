@@ -31,12 +31,6 @@ class ButterflyFactor(nn.Module):
             return self.view.merge_last(self.linear.forward_last(x))
         return self.view.merge(self.linear(x))
 
-    @torch.jit.unused
-    def forward_rows(self, x: Tensor) -> Tensor:
-        """(rows, features) -> (rows, features)."""
-        x = self.linear.forward_rows(self.view.split_rows(x, self.in_block))
-        return self.view.merge_rows(x, self.out_block)
-
 
 class ButterflyLinear(FeatureMixer):
     """A linear map (..., in_features) -> (..., out_features) in one block-diagonal factor per butterfly level.
@@ -86,11 +80,13 @@ class ButterflyLinear(FeatureMixer):
         return x
 
     @torch.jit.unused
-    def mix_rows(self, x: Tensor) -> Tensor:
-        """(rows, in_features) -> (rows, out_features)."""
-        for factor in self.factors:
+    def mix_pixels(self, x: Tensor) -> Tensor:
+        """(images, in_features, 4, 4) -> (images, out_features, 4, 4)."""
+        for factor in self.factors:  # all in one frame, so that what one step made is free before the next but one
             assert isinstance(factor, ButterflyFactor)
-            x = factor.forward_rows(x)
+            x = factor.view.split_pixels(x, factor.in_block)
+            x = factor.linear.forward_pixels(x)
+            x = factor.view.merge_pixels(x, factor.out_block)
         return x
 
     @torch.no_grad()

@@ -63,9 +63,9 @@ class MonarchMlp(FeatureMixer):
         return self.fc2.mix(self.drop(F.gelu(self.fc1.mix(x))), features_last)
 
     @torch.jit.unused
-    def mix_rows(self, x: Tensor) -> Tensor:
-        """(rows, n) -> (rows, n)."""
-        return self.fc2.mix_rows(self.drop(F.gelu(self.fc1.mix_rows(x))))
+    def mix_pixels(self, x: Tensor) -> Tensor:
+        """(images, n, 4, 4) -> (images, n, 4, 4)."""
+        return self.fc2.mix_pixels(self.drop(F.gelu(self.fc1.mix_pixels(x))))
 
 
 class BlockMlp(nn.Module):
@@ -94,11 +94,11 @@ class BlockMlp(nn.Module):
         return self.view.merge(self.fc2(y, x if self.residual else None))
 
     @torch.jit.unused
-    def forward_rows(self, x: Tensor) -> Tensor:
-        """(rows, features) -> (rows, features)."""
-        x = self.view.split_rows(x, self.radix)
-        y = self.fc2.forward_rows(self.drop(F.gelu(self.fc1.forward_rows(x))))
-        return self.view.merge_rows(y.add_(x) if self.residual else y, self.radix)
+    def forward_pixels(self, x: Tensor) -> Tensor:
+        """(images, features, 4, 4) -> (images, features, 4, 4)."""
+        x = self.view.split_pixels(x, self.radix)
+        y = self.fc2.forward_pixels(self.drop(F.gelu(self.fc1.forward_pixels(x))))
+        return self.view.merge_pixels(y.add_(x) if self.residual else y, self.radix)
 
 
 class ButterflyMlp(FeatureMixer):
@@ -145,11 +145,11 @@ class ButterflyMlp(FeatureMixer):
         return x
 
     @torch.jit.unused
-    def mix_rows(self, x: Tensor) -> Tensor:
-        """(rows, n) -> (rows, n)."""
+    def mix_pixels(self, x: Tensor) -> Tensor:
+        """(images, n, 4, 4) -> (images, n, 4, 4)."""
         for level in self.levels:
             assert isinstance(level, BlockMlp)
-            x = level.forward_rows(x)
+            x = level.forward_pixels(x)
         return x
 
     def extra_repr(self) -> str:

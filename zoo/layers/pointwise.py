@@ -17,16 +17,24 @@ FEWEST_ROWS = 256
 """Of fewer, the start of a convolution costs more than it saves; and one thread runs 16 images or more by oneDNN."""
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-    """(..., n) -> (..., m), contiguous, by a weight (m, n // groups): `groups` blocks of a block-diagonal matrix."""
-    pixels = x.reshape(-1, SIDE, SIDE, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., n) -> (..., m), contiguous, by a weight (m, n)."""
+    return to_rows(F.conv2d(to_pixels(x), weight[:, :, None, None], bias)).view(*x.shape[:-1], len(weight))
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """(..., n) -> (images, n, 4, 4) in the channels_last format, a view of a contiguous x."""
+    return x.reshape(-1, SIDE, SIDE, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """(images, n, 4, 4) -> (rows, n), contiguous, a view of an x in the channels_last format."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 @torch.jit.unused
 def folds_into_pixels(x: Tensor) -> bool:
-    """Whether `pointwise` takes x, (..., n), and gives it to oneDNN."""
+    """Whether x, (..., n), is whole images by `to_pixels`, and enough of them for oneDNN."""
     if not runs_eagerly(x) or not torch.backends.mkldnn.is_available():
         return False
     rows = x.shape[:-1].numel()
