@@ -40,6 +40,14 @@ where the training was repeated with other seeds (their cards are in docs/seeds)
 `dimmix eval DATA --model NAME --check` repeats a row's accuracy. Milliseconds are of
 [docs/performance.md](docs/performance.md), measured by `python -m benchmarks` on two CPU cores in float32.
 
+### Beside the dense twin
+
+{twins}
+
+Points of top-1 above the dense twin, which was trained alike; what part of the twin's multiply-accumulates and
+parameters the model has; and how many times as fast it takes 64 images. One training of each: ten thousand test images
+alone give a top-1 of 90 % a standard error of 0.3 points, and one of 70 % of 0.5.
+
 ## Intended use
 
 Research on structured sparsity; a small, fast classifier for 32x32 images of the ten or hundred CIFAR classes; a
@@ -131,6 +139,27 @@ def _table(found: list[Card], short: bool = False) -> str:
     return benchmark_tables.markdown_table(_best_first(found), columns)
 
 
+def _beside_twins(found: list[Card]) -> str:
+    """What each sparse model gains and loses on its dense twin, where both are trained."""
+    latency = benchmark_tables.latency()
+    known = {(card.dataset, card.architecture): card for card in found}
+    twins = [(card, known.get((card.dataset, dense_twin(card.name)))) for card in _best_first(found)]
+    pairs = [(card, twin) for card, twin in twins if twin]
+
+    def faster(pair: tuple[Card, Card]) -> str:
+        times = [latency.get(card.architecture) for card in pair]
+        return f"{times[1] / times[0]:.2f}" if times[0] and times[1] else ""
+
+    columns = {
+        "model": lambda pair: f"`{pair[0].name}`",
+        "top-1 above the twin": lambda pair: f"{pair[0].top1 - pair[1].top1:+.2f}",
+        "MACs": lambda pair: f"{pair[0].macs / pair[1].macs:.2f}",
+        "params": lambda pair: f"{pair[0].params / pair[1].params:.2f}",
+        "faster": faster,
+    }
+    return benchmark_tables.markdown_table(pairs, columns)
+
+
 def _best_first(found: list[Card]) -> list[Card]:
     """By data set and accuracy, each dense twin below the best of its sparse models."""
     sparse: dict[tuple[str, str | None], float] = {}
@@ -187,7 +216,13 @@ def _model_card(found: list[Card]) -> str:
         + ", ".join(f"{label} {value:.1f}" for label, value in zip(card.labels, card.per_class_accuracy, strict=True))
         for card in found
     )
-    return MODEL_CARD.format(metadata=metadata.to_yaml(), table=_table(found), training=training, classes=classes)
+    return MODEL_CARD.format(
+        metadata=metadata.to_yaml(),
+        table=_table(found),
+        twins=_beside_twins(found),
+        training=training,
+        classes=classes,
+    )
 
 
 if __name__ == "__main__":
