@@ -1,6 +1,6 @@
-"""The three plots of the benchmark, from the records it has just written."""
+"""The three plots of the benchmark, from the records it has just written, and how accuracy is drawn against a cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
+
+from dimmix import FAMILIES
+from dimmix.registry import dense_twin
 
 Record = dict[str, Any]
+OTHERS = "dense ResNet-20, timm's"
+COSTS_SIZE = (8, 5)
 
 
 def draw_attention(records: Sequence[Record], path: Path) -> None:
@@ -37,18 +45,71 @@ def draw_linear(records: Sequence[Record], path: Path) -> None:
 
 
 def draw_models(records: Sequence[Record], path: Path) -> None:
-    """Accuracy against latency where a checkpoint tells the accuracy; otherwise MACs against latency."""
-    known = [r for r in records if r["top1"] is not None]
-    chosen = known if len(known) > 1 else records
-    title = "top-1 on CIFAR-10, %" if chosen is known else "MACs"
-    figure, axes = _axes(f"ms for {chosen[0]['batch']} images of 32x32", title, "Models")
-    for r in chosen:
-        y = r["top1"] if chosen is known else r["macs"]
-        axes.plot(r["ms"]["median"], y, "s" if "butterfly" in r["work"] or "patch_only" in r["work"] else "o")
-        axes.annotate(r["work"], (r["ms"]["median"], y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    if chosen is known:
-        axes.set_yscale("linear")
-    _save(figure, axes, path, legend=False)
+    """Accuracy against latency, of the models whose accuracy a card tells."""
+    known = {r["work"]: (r["ms"]["median"], r["top1"]) for r in records if r["top1"] is not None}
+    figure, axes = plt.subplots(figsize=COSTS_SIZE, layout="constrained")
+    draw_costs(axes, known)
+    axes.set(xlabel=f"ms for {records[0]['batch']} images of 32x32", ylabel="top-1 on CIFAR-10, %")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_costs(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """(cost, top-1) of architectures by name, the cost on a logarithmic scale.
+
+    A colour a family; filled squares are sparse models, open circles dense ones, and a dotted line leads from a model
+    to its dense twin, which has no label of its own.
+    """
+    twins = {name: twin for name in points if (twin := dense_twin(name)) in points}
+    axes.set(xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    for name, twin in twins.items():
+        axes.plot(*zip(points[name], points[twin], strict=True), ":", color=_family(name)[1], zorder=1)
+    for name, (cost, top1) in points.items():
+        family, color = _family(name)
+        dense = name.endswith("_dense") or family == OTHERS
+        face = "white" if dense else color
+        axes.plot(cost, top1, "o" if dense else "s", color=color, markerfacecolor=face, zorder=2)
+    for family, color in sorted({_family(name) for name in points}, key=lambda known: known[1]):
+        face = "white" if family == OTHERS else color
+        axes.plot([], [], "o" if family == OTHERS else "s", color=color, markerfacecolor=face, label=family)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    axes.margins(0.1, 0.08)
+    _label(axes, {name: point for name, point in points.items() if name not in twins.values()})
+
+
+def _family(name: str) -> tuple[str, str]:
+    """The family of an architecture as a legend has it, and its colour."""
+    for place, family in enumerate(FAMILIES):
+        if name.startswith(family):
+            return family, f"C{place}"
+    return OTHERS, "dimgray"
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, where it covers no other point and no other name if there is such a place."""
+    axes.figure.draw_without_rendering()  # places are known once the axes have their limits
+    marks = [axes.transData.transform(point) for point in points.values()]
+    taken: list[Bbox] = []
+    for name, point in points.items():
+        family, color = _family(name)
+        short = name.removeprefix(f"{family}_").removeprefix("butterfly_").removesuffix("_32")
+        tried = []
+        for x, y, side in ((6, 0, "left"), (-6, 0, "right"), (0, 8, "center"), (0, -8, "center"), (6, 9, "left")):
+            text = axes.annotate(short, point, (x, y), textcoords="offset points", fontsize=7, color=color)
+            text.set(horizontalalignment=side, verticalalignment="center")
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+            box = text.get_window_extent()
+            hidden = sum(box.overlaps(other) for other in taken) + sum(box.contains(*mark) for mark in marks)
+            tried.append((hidden + (box.x1 > axes.bbox.x1), len(tried), text, box))
+        best = min(tried, key=lambda trial: trial[:2])
+        taken.append(best[3])
+        for trial in tried:
+            if trial is not best:
+                trial[2].remove()
 
 
 def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
@@ -58,8 +119,7 @@ def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path, legend: bool = True) -> None:
-    if legend:
-        axes.legend(fontsize=8)
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

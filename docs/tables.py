@@ -97,26 +97,20 @@ def main() -> int:
 
 
 def _draw_accuracy(found: list[Card]) -> None:
-    """Top-1 against MACs, a panel a data set, with a line from each sparse model to its dense twin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Top-1 against MACs, a panel a data set."""
+    sys.path.append(str(ROOT))  # the benchmark is not installed
+    from benchmarks import plots
 
     datasets = sorted({card.dataset for card in found})
-    figure, panels = plt.subplots(
-        1, len(datasets), figsize=(7 * len(datasets), 4.5), layout="constrained", squeeze=False
+    width, height = plots.COSTS_SIZE
+    figure, panels = plots.plt.subplots(
+        len(datasets), 1, figsize=(width, height * len(datasets)), layout="constrained", squeeze=False
     )
-    for dataset, axes in zip(datasets, panels[0], strict=True):
-        chosen = {card.architecture: card for card in found if card.dataset == dataset}
-        for name, card in chosen.items():
-            dense = name.endswith("_dense") or name.startswith("resnet")
-            axes.plot(card.macs, card.top1, "o" if dense else "s", color="tab:gray" if dense else "tab:blue")
-            axes.annotate(name, (card.macs, card.top1), fontsize=7, xytext=(4, 3), textcoords="offset points")
-            if twin := chosen.get(dense_twin(name) or ""):
-                axes.plot([card.macs, twin.macs], [card.top1, twin.top1], ":", color="tab:gray", zorder=0)
-        axes.set(xscale="log", xlabel="multiply-accumulates an image", ylabel="top-1, %", title=dataset)
-        axes.grid(alpha=0.3, which="both")
+    for dataset, axes in zip(datasets, panels.flat, strict=True):
+        plots.draw_costs(
+            axes, {card.architecture: (card.macs / 1e6, card.top1) for card in found if card.dataset == dataset}
+        )
+        axes.set(xlabel="million multiply-accumulates an image", ylabel=f"top-1 on {dataset}, %")
     figure.savefig(ROOT / "docs" / "accuracy_macs.png", dpi=120)
 
 

@@ -2,8 +2,10 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 
+from benchmarks import plots
 from benchmarks.__main__ import Plan, _line, main
 from benchmarks.check import shortfalls
 from benchmarks.models import _beats, _equal, _like_size, equals
@@ -137,3 +139,21 @@ def test_compare_runs_every_contender_in_every_round():
     times = compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
     assert order == ["a", "a", "b", "b", "a", "b", "a", "b", "a", "b"]
     assert [len(times[name]) for name in "ab"] == [3, 3]
+
+
+def test_costs_are_drawn_with_a_line_to_each_dense_twin_and_names_that_cover_nothing():
+    points = {
+        "butterfly_resnet_fast_32": (43.0, 92.1),
+        "butterfly_resnet_fast_r64_32": (44.0, 92.1),
+        "butterfly_resnet_fast_32_dense": (129.0, 92.6),
+        "patch_only_mixer_tiny_32": (11.0, 88.2),
+        "resnet20_w16": (43.5, 92.0),
+    }
+    figure, axes = plt.subplots(figsize=plots.COSTS_SIZE)
+    plots.draw_costs(axes, points)
+    lines = [tuple(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"]
+    assert lines == [(92.1, 92.6), (92.1, 92.6)]
+    assert {text.get_text() for text in axes.texts} == {"fast", "fast_r64", "tiny", "resnet20_w16"}
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+    plt.close(figure)
