@@ -83,8 +83,12 @@ class TorchRuntime:
     def lanes(self, batch_size: int) -> int:
         import torch
 
+        if self.device.type != "cpu":
+            return 1
+        # With OMP_PROC_BIND this thread may have one core of torch's, and a lane started from it would have the same.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()
         # Eight images a lane: in smaller parts a core spends its time between the layers.
-        return max(1, min(8, torch.get_num_threads(), batch_size // 8)) if self.device.type == "cpu" else 1
+        return max(1, min(8, cores, torch.get_num_threads(), batch_size // 8))
 
     def lane(self, lanes: int) -> Callable[[], None]:
         import torch

@@ -70,12 +70,19 @@ def test_lanes_take_a_bounded_number_ahead():
     batches.close()
 
 
-def test_lanes_share_torchs_threads_and_give_them_back(tiny, cifar_rows):
+def on_cores(monkeypatch, count):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(count)), raising=False)
+
+
+def test_lanes_share_torchs_threads_and_give_them_back(tiny, cifar_rows, monkeypatch):
     classifier = Classifier(tiny.architecture, "cpu", tiny.checkpoint)
     images = [image for image, _ in cifar_rows[:40]]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        on_cores(monkeypatch, 1)  # this thread is bound to one of torch's cores, as OMP_PROC_BIND=true does
+        assert classifier.runtime.lanes(64) == 1
+        on_cores(monkeypatch, 4)
         assert classifier.runtime.lanes(64) == 2
         seen = []
         logits = classifier.runtime.logits
