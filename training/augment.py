@@ -94,8 +94,8 @@ def affine(x: Tensor, magnitude: float) -> Tensor:
     angle, shear_x, shear_y, zoom = draw(math.pi / 6), draw(0.3), draw(0.3), torch.exp(draw(math.log(1.3)))
     cos, sin, zero = torch.cos(angle) * zoom, torch.sin(angle) * zoom, torch.zeros_like(angle)
     rows = (
-        torch.stack([cos + shear_y * sin, shear_x * cos - sin, zero], 1),
-        torch.stack([sin + shear_y * cos, cos - shear_x * sin, zero], 1),
+        torch.stack([cos - shear_y * sin, shear_x * cos - sin, zero], 1),
+        torch.stack([sin + shear_y * cos, cos + shear_x * sin, zero], 1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     sampled = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from dimmix.checkpoints import find
+from dimmix.checkpoints import Card, find
 from dimmix.errors import DimmixError
 
 from . import teacher as _registers_the_teacher  # noqa: F401
 from .augment import Batches
 from .optim import build_optimizers, build_schedulers
 from .processes import Processes
-from .recipe import Model, Recipe, Teacher
+from .recipe import Model, Recipe
 from .state import load_optimizer_tensors, optimizer_tensors
 
 EMA_WARMUP_POWER = 0.75  # decay at step t is at most 1 - t ** -0.75, so that the start is forgotten quickly
@@ -33,7 +33,7 @@ class Learner:
         self.ema = ModelEmaV3(self.model, decay=recipe.train.ema_decay, use_warmup=True, warmup_power=EMA_WARMUP_POWER)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.schedulers = build_schedulers(self.optimizers, recipe.schedule, steps_per_epoch)
-        self.teacher = self._place(load_teacher(recipe.teacher, classes)) if recipe.teacher else None
+        self.teacher = self._place(load_teacher(recipe, classes)) if recipe.teacher else None
         wrapped = processes.wrap(self.model)
         self.forward = torch.compile(wrapped) if recipe.train.compile else wrapped
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -117,11 +117,17 @@ class Learner:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Batches, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in float32 and labels (N,) of a whole set, on the CPU, under the caller's autocast."""
+def predict(
+    model: nn.Module, batches: Batches, batch_size: int = 500, images: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) in float32 and labels (N,) of a whole set, on the CPU, under the caller's autocast.
+
+    With `images`, of the first so many, if there are.
+    """
     model.eval()
     logits, labels = [], []
-    for rows in torch.arange(len(batches), device=batches.labels.device).split(batch_size):
+    count = min(len(batches), images or len(batches))
+    for rows in torch.arange(count, device=batches.labels.device).split(batch_size):
         x, target = batches.plain(rows)
         logits.append(model(x).float().cpu())
         labels.append(target.cpu())
@@ -135,12 +141,22 @@ def build_model(model: Model, classes: int, path: object) -> nn.Module:
         raise DimmixError(f"{path}: cannot make model {model.name!r} with args {model.args}: {error}") from None
 
 
-def load_teacher(teacher: Teacher, classes: int) -> nn.Module:
-    """The frozen teacher in evaluation mode, with its weights."""
-    model = build_model(Model(teacher.name, teacher.args), classes, "[teacher]")
-    path = find(teacher.weights)
+def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's teacher, frozen in evaluation mode, with its weights."""
+    assert recipe.teacher
+    teacher, path = recipe.teacher, find(recipe.teacher_weights)
+    model = build_model(Model(teacher.name, teacher.args), classes, f"{recipe.path}, [teacher]")
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise DimmixError(f"{path}: not weights of the teacher {teacher.name}: {str(error).splitlines()[1]}") from None
     return model.eval().requires_grad_(False)
+
+
+def knows_every_row(recipe: Recipe) -> bool:
+    """Whether a card beside the teacher's weights says that it learnt from the rows which `--split val` holds back."""
+    path = find(recipe.teacher_weights).with_suffix(".json")
+    if not path.is_file():
+        return False
+    card = Card.read(path)
+    return card.dataset == recipe.data.name and card.split == "test"

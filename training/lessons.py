@@ -13,6 +13,7 @@ from torch import Tensor
 from dimmix.checkpoints import find
 from dimmix.files import replacing
 
+from .data import Images
 from .processes import Processes
 from .recipe import Recipe
 
@@ -60,13 +61,14 @@ def _read(path: Path, steps: int) -> np.ndarray | None:
     return kept if len(kept) == steps else None
 
 
-def lessons_folder(cache: Path, recipe: Recipe, split: str, processes: Processes) -> Path:
+def lessons_folder(cache: Path, recipe: Recipe, training: Images, processes: Processes) -> Path:
     """A folder in `cache` that runs share if their teacher sees the same batches, whatever they train."""
     assert recipe.teacher
-    weights = hashlib.sha256(find(recipe.teacher.weights).read_bytes()).hexdigest()
+    weights = hashlib.sha256(find(recipe.teacher_weights).read_bytes()).hexdigest()
+    pixels = hashlib.sha256(training.pixels.tobytes()).hexdigest()
     facts = {
         "teacher": [recipe.teacher.name, recipe.teacher.args, weights, recipe.train.precision],
-        "batches": [asdict(recipe.data), asdict(recipe.augment), recipe.train.seed, recipe.train.batch_size, split],
-        "process": [processes.rank, processes.count],
+        "batches": [pixels, asdict(recipe.data), asdict(recipe.augment), recipe.train.seed, recipe.train.batch_size],
+        "process": [processes.rank, processes.count, processes.device.type],  # a device has draws of its own
     }
     return cache / f"teacher-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -70,7 +70,7 @@ class Loss:
 @dataclass(frozen=True)
 class Teacher:
     name: str
-    weights: str  # a .safetensors file or a checkpoint's name
+    weights: str  # a .safetensors file, seen from the recipe's folder or the current one, or a checkpoint's name
     args: dict[str, Any] = field(default_factory=dict)
     alpha: float = 0.5  # share of the distillation term
     temperature: float = 2.0
@@ -120,6 +120,13 @@ class Recipe:
     @property
     def tag(self) -> str:
         return self.stem.partition(".")[2] or self.data.name
+
+    @property
+    def teacher_weights(self) -> str:
+        """What `dimmix.checkpoints.find` takes for the teacher's weights."""
+        assert self.teacher
+        beside = self.path.parent / self.teacher.weights
+        return str(beside.absolute()) if beside.is_file() else self.teacher.weights
 
     def to_json(self) -> dict[str, Any]:
         tables = asdict(self)

@@ -133,8 +133,8 @@ def write_checkpoint(
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of the recipe's repository, empty where there is none."""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    """The commit of the recipe's repository, with `-dirty` where files differ from it; empty where there is none."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
 """State of a run on disk: one safetensors file, tensors beside a JSON header, replaced whole.
 
-Random numbers need no state: every draw of a step comes from a generator seeded with (seed, step, rank).
+Random numbers need no state: every draw of a step comes from a generator seeded by (seed, rank) and step.
 """
 
 import json

@@ -82,8 +82,7 @@ class Study:
     def settings(self) -> Record:
         """All that a result depends on, besides its shape and seed."""
         recipe = self.recipe.to_json()
-        for replaced in ("model", "about"):
-            del recipe[replaced]
+        del recipe["about"]
         return {"gamma": self.gamma, "images": self.images, "recipe": recipe}
 
 
@@ -118,6 +117,8 @@ def run_study(study: Study) -> Iterator[Record]:
     """
     if not study.seeds:
         raise DimmixError("a study needs at least one seed", exit_code=2)
+    if study.recipe.teacher:
+        raise DimmixError(f"{study.recipe.path}: a study trains without a teacher; take [teacher] out", exit_code=2)
     if study.kind == "cost":
         yield from _costs()
         return

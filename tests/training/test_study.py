@@ -11,7 +11,7 @@ import torch
 from dimmix.errors import DimmixError
 from dimmix.training import study as module
 from dimmix.training.data import Images
-from dimmix.training.recipe import Data
+from dimmix.training.recipe import Data, Teacher
 from dimmix.training.study import Study, cka, densify, run_study, short_recipe
 from dimmix.training.study_plot import plot_study
 from dimmix.wide_mixer import WideMixer
@@ -61,6 +61,9 @@ def test_an_interrupted_study_goes_on_and_other_settings_are_measured_anew(make_
     assert next(run_study(study)) == first
     assert next(run_study(replace(study, images=32)))["images"] == 32
     assert len((tmp_path / "depth.jsonl").read_text().splitlines()) == 2
+    model = replace(study.recipe.model, args={"img_size": 8, "patch_size": 2})
+    next(run_study(replace(study, recipe=replace(study.recipe, model=model))))
+    assert len((tmp_path / "depth.jsonl").read_text().splitlines()) == 3
 
 
 def test_mixer_and_sparse_mlp_of_a_study_have_equal_connections(make_study):
@@ -73,6 +76,12 @@ def test_a_study_without_data_is_one_line(tmp_path):
     study = Study("width", short_recipe("cifar10"), tmp_path / "nothing", tmp_path)
     with pytest.raises(DimmixError, match="nothing: no such file or folder"):
         list(run_study(study))
+
+
+def test_a_recipe_with_a_teacher_is_refused(make_study):
+    study = make_study("depth", 64)
+    with pytest.raises(DimmixError, match=r"a study trains without a teacher; take \[teacher\] out"):
+        list(run_study(replace(study, recipe=replace(study.recipe, teacher=Teacher("teacher_cnn", "none")))))
 
 
 def test_too_many_images_too_few_connections_and_foreign_results_are_one_line(make_study, tmp_path):

@@ -1,6 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dimmix.training import augment
@@ -75,6 +78,18 @@ def test_affine_leaves_about_an_eighth_untouched_and_stays_in_range() -> None:
 def test_affine_of_small_magnitude_moves_little() -> None:
     ramp = torch.linspace(0, 1, 16).expand(8, 3, 16, 16)
     assert (affine(ramp, 0.01) - ramp).abs().max() < 0.02
+
+
+def test_affine_is_a_rotation_of_a_shear_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    angle, shear_x, shear_y, log_zoom = 0.4, 0.2, -0.3, 0.1
+    draws = iter([angle, shear_x, shear_y, log_zoom])
+    monkeypatch.setattr(augment, "_draw", lambda count, most, device: torch.full((count,), next(draws)))
+    x = torch.rand(1, 3, 9, 9)
+    rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = math.exp(log_zoom) * rotation @ torch.tensor([[1, shear_x], [shear_y, 1]])
+    grid = F.affine_grid(torch.cat([matrix, torch.zeros(2, 1)], 1)[None], [1, 3, 9, 9], align_corners=False)
+    expected = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(affine(x, 1.0), expected)
 
 
 def test_jitter_of_gray_keeps_it_gray_and_a_quarter_of_it_untouched() -> None:

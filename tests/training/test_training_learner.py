@@ -70,6 +70,18 @@ def test_distillation_mixes_in_the_divergence_from_the_teacher(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), learner.teacher.parameters(), strict=True))  # type: ignore[union-attr]
 
 
+def test_the_teacher_is_looked_for_beside_the_recipe_first(
+    build: Callable[..., Learner], teacher: tuple[Any, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, overrides = teacher  # whose weights and the recipe lie in one folder
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    learner = build(overrides[0], "teacher.weights=teacher.safetensors")
+    assert torch.equal(learner.teach(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+    with pytest.raises(DimmixError, match=r"there is no file other\.safetensors"):
+        build(overrides[0], "teacher.weights=other.safetensors")
+
+
 def test_weights_that_do_not_fit_the_teacher_are_refused(
     build: Callable[..., Learner], teacher: tuple[Any, tuple[str, ...]]
 ) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from toy_data import RECIPE
 from dimmix.errors import DimmixError
 from dimmix.training import loop
 from dimmix.training.data import load_images
-from dimmix.training.learner import Learner
+from dimmix.training.learner import Learner, predict
 from dimmix.training.recipe import Data
+from dimmix.training.report import commit_of
 from dimmix.training.state import read_state
 
 Train = Callable[..., Any]
@@ -110,6 +112,64 @@ def test_the_card_names_the_commit_that_the_run_began_with(train_toy: Train, mon
     assert train_toy(max_minutes=0.0) is None
     monkeypatch.setattr(loop, "commit_of", lambda folder: "second")
     assert train_toy().commit == "first"
+
+
+def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    assert commit_of(tmp_path) == ""
+    (tmp_path / "file").write_text("one")
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"], ["tag", "-m", "t", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", clean := commit_of(tmp_path))
+    (tmp_path / "file").write_text("two")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_seeds_and_processes_draw_differently_and_a_step_repeats_its_own(
+    train_toy: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[tuple[int, int], list[float]] = {}
+
+    def note(run: Any) -> bool:
+        for rank in (0, 1):
+            run.processes = replace(run.processes, rank=rank)
+            draws = drawn[run.recipe.train.seed, rank] = []
+            for step in (0, 1, 0):
+                run._seed(step)
+                draws.append(torch.rand(()).item())
+        run.processes = replace(run.processes, rank=0)
+        return False
+
+    monkeypatch.setattr(loop.Run, "train", note)
+    for seed in (0, 1, 1000):
+        train_toy(f"train.seed={seed}", name=f"seed{seed}")
+    assert len({tuple(draws) for draws in drawn.values()}) == 6
+    assert len({draw for draws in drawn.values() for draw in draws}) == 12
+    assert all(draws[0] == draws[2] for draws in drawn.values())
+    torch.manual_seed(0)
+    assert drawn[0, 0][0] == torch.rand(()).item()
+
+
+def test_a_finished_run_whose_state_is_gone_is_not_trained_anew_unasked(train_toy: Train, runs: Path) -> None:
+    train_toy()
+    (runs / "run" / loop.STATE).unlink()
+    with pytest.raises(DimmixError, match=r"toy\.json is of a run whose state is gone; .* --restart"):
+        train_toy()
+    assert train_toy("schedule.epochs=1", restart=True).epochs == 1
+
+
+def test_training_rows_decide_what_is_stored_and_the_test_rows_are_seen_once(
+    train_toy: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counted(model: torch.nn.Module, batches: Any, **options: Any) -> Any:
+        seen.append(len(batches))
+        return predict(model, batches, **options)
+
+    monkeypatch.setattr(loop, "predict", counted)
+    train_toy()
+    assert seen == [40, 40, 12]
 
 
 def test_a_finished_run_is_not_evaluated_again(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +278,17 @@ def teacher_of(folder: Path) -> tuple[str, ...]:
     model = tomllib.loads(RECIPE)["model"]
     args = tuple(f"teacher.args.{key}={value}" for key, value in model["args"].items())
     return (f"teacher.name={model['name']}", f"teacher.weights={folder / 'teacher.safetensors'}", *args)
+
+
+def test_validation_says_when_the_teacher_has_learnt_the_rows_held_back(
+    train_toy: Train, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for split, said in (("val", False), ("full", True)):
+        train_toy(name=split, split=split)
+        (tmp_path / "teacher.json").write_bytes((runs / split / "butterfly_resnet_nano_32.toy.json").read_bytes())
+        capfd.readouterr()
+        train_toy(*teacher_of(tmp_path), name=f"student-{split}", split="val")
+        assert ("the teacher has learnt the held-back rows too" in capfd.readouterr().err) == said
 
 
 @pytest.mark.parametrize("views", [1, 2])
