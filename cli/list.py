@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from dimmix import FAMILIES
 from dimmix.errors import DimmixError
 
 from .options import Format, FormatOption, OutputOption, QuietOption
@@ -14,9 +15,7 @@ from .sink import Record, Sink, note
 def list_models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Only names like this: '*resnet*'.")] = "*",
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only checkpoints trained on this.")] = None,
-    family: Annotated[
-        str | None, typer.Option("--family", help="butterfly_resnet, vit_butterfly, butterfly_mixer, patch_only_mixer.")
-    ] = None,
+    family: Annotated[str | None, typer.Option("--family", help=f"{', '.join(FAMILIES)}.")] = None,
     max_params: Annotated[
         float | None, typer.Option("--max-params", min=0, help="At most so many million parameters.")
     ] = None,
@@ -41,6 +40,8 @@ def list_models(
     """
     if remote and (architectures or dataset or max_params is not None):
         raise DimmixError("--remote compares checkpoints by name: it goes with PATTERN and --family only", exit_code=2)
+    if family and family not in FAMILIES:
+        raise DimmixError(f"--family {family}: the families are {', '.join(FAMILIES)}", exit_code=2)
     records = _remote(pattern) if remote else _architectures(pattern, quiet) if architectures else _checkpoints(pattern)
     column = sort.removeprefix("-")
     chosen = [
@@ -61,8 +62,6 @@ def list_models(
 
 
 def _family(architecture: str) -> str:
-    from dimmix import FAMILIES
-
     return next((family for family in FAMILIES if architecture.startswith(family)), "")
 
 

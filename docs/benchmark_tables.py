@@ -90,6 +90,7 @@ def _front() -> str:
         "top-1, CIFAR-10": lambda record: "" if record["top1"] is None else f"{record['top1']:.2f}",
         "beaten by": lambda record: ", ".join(record.get("beaten_by", ())),
         "by a larger one": lambda record: ", ".join(record.get("beaten_by_larger", ())),
+        "by a dense ResNet-20": lambda record: ", ".join(record.get("beaten_by_dense", ())),
     }
     return markdown_table(sorted(_records("front"), key=lambda record: record["ms"]["median"]), columns)
 

@@ -51,13 +51,15 @@ def train(
 
     from .loop import Options
     from .loop import train as run
+    from .processes import started_by
 
     changes = "".join(f" --set {shlex.quote(change)}" for change in set_ or ())
+    changes += f" --threads {threads}" if threads else ""
     options = Options(
         folder=folder,
         data=data,
         split=split.value,
-        command=f"dimmix train recipes/{recipe.name} --split {split.value}{changes}",
+        command=f"{started_by()} recipes/{recipe.name} --split {split.value}{changes}",
         max_minutes=max_minutes,
         threads=threads,
         device=device,

@@ -109,7 +109,10 @@ def _block_lr_scale(layer: BlockLinear, recipe: Optimizer) -> float:
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:
-    """Matrices in each weight that Muon takes: all but those of the first and last layer and of depthwise kernels."""
+    """Matrices in each weight that Muon takes: all but those of the first and last layer and of depthwise kernels.
+
+    First and last are those that timm's `pretrained_cfg` names; a model without one, as the teacher, has all taken.
+    """
     config = getattr(model, "pretrained_cfg", {})
     edges = tuple(name for key in ("first_conv", "classifier") for name in _names(config.get(key)))
     blocks = {}

@@ -36,7 +36,7 @@ class Processes:
 def join_processes(device: str) -> Iterator[Processes]:
     """The group that torchrun's environment describes, or this process alone. `device` "auto" takes a GPU if any."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = _count()
     if device == "auto":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
@@ -54,3 +54,12 @@ def join_processes(device: str) -> Iterator[Processes]:
         yield Processes(rank, count, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def started_by() -> str:
+    """The command that starts as many processes as there are, before the recipe."""
+    return "dimmix train" if _count() == 1 else f"torchrun --nproc-per-node {_count()} -m dimmix.training"
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))

@@ -4,11 +4,14 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
+import timm
+import torch
+from torch import nn
 
 from benchmarks import plots
 from benchmarks.__main__ import Plan, _line, main
 from benchmarks.check import shortfalls
-from benchmarks.models import _beats, _equal, _like_size, equals
+from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
 
 TINY = Plan(
@@ -121,6 +124,33 @@ def test_a_model_of_timm_beats_ours_only_if_no_slower_and_no_less_accurate():
     assert _beats({"top1": 90.0, "ms": {"median": 10.0}}, ours)
     assert not _beats({"top1": 95.0, "ms": {"median": 10.1}}, ours)
     assert not _beats({"top1": 89.9, "ms": {"median": 1.0}}, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_byobnet", "test_efficientnet", "mobilenetv2_050"])
+def test_a_model_of_timm_is_folded_to_the_same_function(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).double().eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor, low, high in ((norm.running_mean, -0.3, 0.3), (norm.running_var, 0.5, 1.5), (norm.bias, -1, 1)):
+            nn.init.uniform_(tensor, low, high)
+    folded = fold_timm(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+    assert norms
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_the_front_says_who_is_ahead_of_each_of_ours(monkeypatch):
+    top1 = {"butterfly_resnet_nano_32": 80.0, "resnet20_w16": 90.0, "test_byobnet": 85.0, "resnet10t": 95.0}
+    took = {"butterfly_resnet_nano_32": 9.0, "resnet20_w16": 2.0, "test_byobnet": 3.0, "resnet10t": 4.0}
+    monkeypatch.setattr("benchmarks.models._accuracies", lambda: top1)
+    monkeypatch.setattr("benchmarks.models.compare", lambda runs, seconds: {name: [took[name]] * 2 for name in runs})
+    ours, *others = front(top1, batch=1, seconds=0)
+    assert (ours["beaten_by"], ours["beaten_by_larger"]) == (["test_byobnet"], ["resnet10t"])
+    assert ours["beaten_by_dense"] == ["resnet20_w16"]
+    assert not any("beaten_by" in other for other in others)
 
 
 def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():

@@ -35,6 +35,21 @@ def test_trains_prints_the_card_and_draws_the_curves(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_card_says_with_how_many_threads_and_processes(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    commands = []
+    monkeypatch.setattr("dimmix.training.loop.train", lambda recipe, options: commands.append(options.command))
+    for count in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["dimmix.training", str(recipe_file()), "--threads", "3"])
+            with pytest.raises(SystemExit, match="0"):
+                main()
+    run = "recipes/toy_resnet.toy.toml --split full --threads 3"
+    assert commands == [f"dimmix train {run}", f"torchrun --nproc-per-node 2 -m dimmix.training {run}"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

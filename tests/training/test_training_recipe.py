@@ -5,10 +5,13 @@ import pytest
 import timm
 
 import dimmix.training.teacher  # noqa: F401, registers it
+from dimmix.checkpoints import Card, cards
 from dimmix.errors import DimmixError
 from dimmix.training.recipe import parse_recipe, read_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+MEASURED = {card.recipe: card for card in (*cards().values(), *map(Card.read, ROOT.glob("docs/peers/*.json")))}
 
 
 def test_reads_values_and_defaults(recipe_file: Callable[..., Path]) -> None:
@@ -71,3 +74,17 @@ def test_every_recipe_of_the_project_is_sound(path: Path) -> None:
     header = path.read_text().partition("[model]")[0]
     assert f"dimmix train recipes/{path.name}" in header
     assert "Result" in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_header_says_what_the_card_does(path: Path) -> None:
+    recipe, lines = read_recipe(path), path.read_text().splitlines()
+    (result,) = (line.removeprefix("# Result").strip() for line in lines if line.startswith("# Result"))
+    card = MEASURED.get(f"recipes/{path.name}")
+    if card is None:
+        assert result == "not measured yet" or recipe.model.name == "teacher_cnn"
+        return
+    assert result.startswith(f"{card.top1:.2f} % test top-1 (last epoch, EMA, seed {card.seed}); ")
+    assert f"; {card.train_minutes:.0f} minutes at {card.images_per_second:.0f} images/s on " in result
+    assert (card.epochs, card.seed, card.split) == (recipe.schedule.epochs, recipe.train.seed, "test")
+    assert card.command.startswith(f"dimmix train recipes/{path.name} --split full")
