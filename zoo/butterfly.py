@@ -75,7 +75,13 @@ class ButterflySchedule:
 
 
 def square_radix(n: int) -> int:
-    """The smallest divisor of `n` that is at least sqrt(n): two levels, and the least work that two levels can do."""
+    """The smallest divisor of `n` that is at least sqrt(n): two levels, and the least work that two levels can do.
+
+    Raises:
+        ValueError: `n` is less than 2, and has no radix.
+    """
+    if n < 2:
+        raise ValueError(f"n={n} is nothing to mix: there must be at least 2 tokens or features")
     return next(radix for radix in range(max(2, math.isqrt(n - 1) + 1), n + 1) if n % radix == 0)
 
 

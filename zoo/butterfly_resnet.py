@@ -87,6 +87,8 @@ def _conv_mix(
     default. A block that widens leaves the group count of its first convolution as it is.
     """
     level = ButterflySchedule(out_chs, radix).levels[-1]
+    if first and (out_chs % first or in_chs % (out_chs // first)):
+        raise ValueError(f"first_radix {first} does not divide the {in_chs} and {out_chs} channels of a block evenly")
     groups = (out_chs // (first or out_chs // radix), out_chs // radix, 1)
     return BasicBlock(in_chs, out_chs, stride, groups, gather_groups(level, dd.get("device")), drop_path, **dd)
 
@@ -140,6 +142,8 @@ class ButterflyResNet(Trunk):
         for i, depth in enumerate(depths):
             out_chs, groups = width * 2**i, max(1, chs // radix[i])
             blocks: list[nn.Module] = []
+            if mixing == "block":
+                ButterflySchedule(chs, radix[i])  # refuses a radix that does not divide
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 drop = next(rates)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of `model` for one input of `input_size` (C, H, W): matrix products and convolutions.
 
-    Biases, norms, activations and poolings are not counted. The model is left in the mode it was in.
+    Biases, norms, activations and poolings are not counted. Every module is left in the mode it was in.
     """
     return macs_by_module(model, input_size)[""]
 
@@ -20,12 +20,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 @torch.no_grad()
 def macs_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
     """`count_macs` for each module by its name within `model`, whose own name is ""; those without any are left out."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     # The fused attention kernels have no count on every backend; the plain one is matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     root = type(model).__name__
     counts = {name: sum(operators.values()) // 2 for name, operators in counter.get_flop_counts().items()}
     inner = {name.removeprefix(f"{root}."): macs for name, macs in counts.items() if name.startswith(f"{root}.")}

@@ -62,7 +62,10 @@ def macs_against_dense(model: Any, name: str, input_size: tuple[int, ...]) -> li
     ours = macs_by_module(model, input_size)
     twin: dict[str, int] = {}
     if twin_name := dense_twin(name):
-        twin = macs_by_module(timm.create_model(twin_name, num_classes=model.num_classes), input_size)
+        shape = {"num_classes": model.num_classes, "in_chans": input_size[0]}
+        if model.pretrained_cfg.get("fixed_input_size"):
+            shape["img_size"] = input_size[1:]
+        twin = macs_by_module(timm.create_model(twin_name, **shape), input_size)
     parts = ["", *(part for part, module in model.named_children() if part != "blocks" and part in ours)]
     parts += [f"blocks.{i}" for i in range(len(model.blocks))] if hasattr(model, "blocks") else []
     return [

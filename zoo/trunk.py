@@ -58,11 +58,14 @@ class Trunk(nn.Module):
             reduction, widths: input pixels per feature position, and channels, after each block.
             global_pool: "avg", "max", "flatten" (keeps every position, as the papers do) or "" for none.
             drop_rate: dropout before the classifier.
-            makes_maps: features are maps (B, C, H, W), not tokens (B, N, C).
+            makes_maps: features are maps (B, C, H, W) of any size, not tokens (B, N, C).
+
+        Raises:
+            ValueError: an unknown `global_pool`; for maps "flatten", or "" with classes.
         """
         self.num_classes, self.in_chans = num_classes, in_chans
         self.features, self.grid, self.makes_maps = features, grid, makes_maps
-        self.global_pool = _checked_pool(global_pool)
+        self.global_pool = self._checked_pool(global_pool, num_classes)
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = [
             {"module": f"blocks.{i}", "num_chs": width, "reduction": pixels}
@@ -70,6 +73,13 @@ class Trunk(nn.Module):
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(device, dtype)
+
+    def _checked_pool(self, global_pool: str, num_classes: int) -> str:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool={global_pool!r} is not one of {POOLS}")
+        if self.makes_maps and (global_pool == "flatten" or (global_pool == "" and num_classes > 0)):
+            raise ValueError(f"global_pool={global_pool!r}: a classifier of maps of any size needs 'avg' or 'max'")
+        return global_pool
 
     def _classifier(self, device, dtype) -> nn.Module:
         flat = self.features * self.grid[0] * self.grid[1]
@@ -104,8 +114,13 @@ class Trunk(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone, besides biases and norms."""
-        return set()
+        """Names of parameters that weight decay leaves alone, beside those of one axis: biases, norms of several."""
+        return {
+            f"{name}.{key}".removeprefix(".")
+            for name, module in self.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim > 1 and (key == "bias" or isinstance(module, nn.LayerNorm))
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -120,7 +135,7 @@ class Trunk(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes` (0: none), and optionally another pooling."""
         if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool)
+            self.global_pool = self._checked_pool(global_pool, num_classes)
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = self._classifier(weight.device, weight.dtype)
@@ -140,8 +155,8 @@ class Trunk(nn.Module):
         Raises:
             ValueError: `output_fmt` is neither "NCHW" nor, for families of tokens, "NLC".
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not one of 'NCHW', 'NLC'")
+        if output_fmt != "NCHW" and (output_fmt != "NLC" or self.makes_maps):
+            raise ValueError(f"output_fmt={output_fmt!r} is not 'NCHW'" + " or 'NLC'" * (not self.makes_maps))
         take, last = _take_indices(len(self.blocks), indices)
         x = self.embed(x)
         intermediates = []
@@ -170,6 +185,10 @@ class Trunk(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    @torch.jit.unused
+    def _gathers_statistics(self) -> bool:
+        return any(m.training for m in self.modules() if m is self or isinstance(m, nn.BatchNorm2d))
+
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return _checkpointed(blocks if isinstance(blocks, nn.Sequential) else [blocks], x)
@@ -180,7 +199,7 @@ class Trunk(nn.Module):
         if not torch.jit.is_scripting():
             tile = self.images_per_tile
             # In training mode a BatchNorm without gradients still wants the statistics of the whole batch.
-            if tile and not self.training and runs_eagerly(x) and len(x) > tile:
+            if tile and runs_eagerly(x) and len(x) > tile and not self._gathers_statistics():
                 return torch.cat([self.forward_features(images) for images in x.split(tile)])
         x = self.embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -223,9 +242,3 @@ def _checkpointed(blocks: nn.Sequential | list[nn.Module], x: Tensor) -> Tensor:
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Stochastic depth of each block, growing linearly from 0 to `last`."""
     return [last * i / max(depth - 1, 1) for i in range(depth)]
-
-
-def _checked_pool(global_pool: str) -> str:
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool={global_pool!r} is not one of {POOLS}")
-    return global_pool

@@ -157,8 +157,8 @@ class ButterflyVit(Trunk):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The position embedding."""
-        return {"pos_embed"}
+        """The position embedding, and what every family has."""
+        return super().no_weight_decay() | {"pos_embed"}
 
     def embed(self, x: Tensor) -> Tensor:
         """Image -> tokens with their positions, in the butterfly's order."""
@@ -186,10 +186,11 @@ class ButterflyVit(Trunk):
         if self.global_pool == "flatten" and self.num_classes > 0:
             raise ValueError("a flattened head has a weight for every position: reset_classifier(0) before resizing")
         old, size = self.stem.grid, to_2tuple(img_size)
+        grid = self.stem.grid_of(size)
+        tokens = grid[0] * grid[1]
+        schedule = self._schedule(tokens)  # the last that can refuse: nothing has changed yet
         self.stem.set_input_size(size)
-        self.grid = self.stem.grid
-        tokens = self.grid[0] * self.grid[1]
-        schedule = self._schedule(tokens)
+        self.grid = grid
         attentions = [module for module in self.modules() if isinstance(module, ButterflyAttention)]
         for i, attention in enumerate(attentions):
             attention.set_level(schedule.level(i))
@@ -204,7 +205,10 @@ class ButterflyVit(Trunk):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ButterflyVit) -> dict[str, Tensor]:
-    """Resamples the positions of a checkpoint of another (square) input size."""
+    """Resamples the positions of a checkpoint with another number of tokens, which lay in a square.
+
+    As many tokens keep their positions: a checkpoint does not say what rectangle they lay in.
+    """
     positions = state_dict.get("pos_embed")
     if positions is None or model.pos_embed is None or positions.shape == model.pos_embed.shape:
         return state_dict

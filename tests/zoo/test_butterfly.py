@@ -69,3 +69,9 @@ def test_a_radix_that_does_not_divide_names_its_neighbours(n, radix, nearest):
 def test_square_radix_is_the_smallest_divisor_from_the_square_root_up(n, radix):
     assert square_radix(n) == radix
     assert len(ButterflySchedule(n, radix)) <= 2
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_less_than_two_dimensions_have_no_radix(n):
+    with pytest.raises(ValueError, match=f"n={n} is nothing to mix"):
+        square_radix(n)

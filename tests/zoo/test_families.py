@@ -153,6 +153,12 @@ def test_vit_refuses_what_it_cannot_become():
         _create("vit_butterfly_nano_patch4_32", img_size=30)
     with pytest.raises(ValueError, match="radix 7 does not divide n=64; nearest radices that do: 4 and 8"):
         _create("vit_butterfly_nano_patch4_32", radix=7)
+    model = _create("vit_butterfly_nano_patch4_32", radix=8)
+    x = _image(model)
+    before = model(x)
+    with pytest.raises(ValueError, match="radix 8 does not divide n=81"):
+        model.set_input_size(36)
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +173,11 @@ def test_vit_refuses_what_it_cannot_become():
         ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
         ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
         ("butterfly_resnet_nano_32", {"global_pool": "median"}, "global_pool='median' is not one of"),
+        ("butterfly_resnet_nano_32", {"global_pool": "flatten"}, "global_pool='flatten': a classifier of maps"),
+        ("butterfly_resnet_nano_32", {"global_pool": ""}, "global_pool='': a classifier of maps"),
+        ("butterfly_resnet20_blockmix_w32", {"radix": (8, 8, 24)}, "radix 24 does not divide n=64"),
+        ("butterfly_resnet20_convmix_w32", {"first_radix": (5, 8, 8)}, "first_radix 5 does not divide the 32 and 32"),
+        ("vit_butterfly_nano_patch4_32", {"img_size": 4}, "n=1 is nothing to mix"),
     ],
 )
 def test_bad_options_are_named(name, kwargs, message):
@@ -258,3 +269,11 @@ def test_images_in_tiles_are_what_the_whole_batch_is(training):
         tiled = model.forward_features(x)
         model.images_per_tile = 0
         torch.testing.assert_close(tiled, model.forward_features(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_batch_norms_in_training_mode_see_the_whole_batch_at_once():
+    model = _create("butterfly_resnet_nano_32")
+    norms = [module.train() for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    model(torch.randn(40, 3, 32, 32))
+    assert {norm.num_batches_tracked.item() for norm in norms} == {1}

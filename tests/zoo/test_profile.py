@@ -37,6 +37,13 @@ def test_macs_of_attention_are_counted_and_the_mode_is_kept() -> None:
     assert model.training
 
 
+def test_frozen_parts_stay_frozen() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).train()
+    model[0].eval()
+    count_macs(model, (4,))
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
 def test_peak_bytes_counts_what_exists_at_once() -> None:
     x = torch.randn(100, 100)
     assert peak_bytes(lambda: x @ x + x @ x) == 3 * x.nbytes  # two products and their sum

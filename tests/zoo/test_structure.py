@@ -56,6 +56,19 @@ def test_macs_add_up_and_stand_beside_the_dense_twins():
     assert whole["of_dense"] == whole["macs"] / whole["dense"]
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("butterfly_mixer_nano_32", {"img_size": 64}, (3, 64, 64)),
+        ("vit_butterfly_nano_patch4_32", {"in_chans": 1}, (1, 32, 32)),
+        ("butterfly_resnet_nano_32", {"in_chans": 4}, (4, 48, 48)),
+    ],
+)
+def test_the_twin_takes_the_size_and_the_channels_of_the_model(name, args, size):
+    whole, *_ = macs_against_dense(timm.create_model(name, num_classes=10, **args), name, size)
+    assert whole["dense"] == count_macs(timm.create_model(f"{name}_dense", num_classes=10, **args), size)
+
+
 def test_a_model_without_a_twin_stands_alone():
     model = timm.create_model("test_resnet", num_classes=10)
     assert macs_against_dense(model, "test_resnet", (3, 32, 32))[0]["dense"] is None

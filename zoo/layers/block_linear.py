@@ -125,7 +125,7 @@ class FeatureMixer(nn.Module):
         if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x):
             return to_rows(self.mix_pixels(to_pixels(x)))
         if x.numel() <= SMALL:
-            return self.mix(x.t()).reshape(-1, len(x)).t()
+            return self.mix(x.t()).flatten(0, -2).t()
         return _in_tiles(lambda tile: self.mix(tile.t(), True), x, max(TILE // x.shape[1], 1))
 
 
@@ -187,7 +187,8 @@ class LevelView(nn.Module):
         elif self.stride > 1:
             x = x.unflatten(0, [self.groups, self.stride]).transpose(1, 2)
         if self.permute is not None:
-            x = self.permute.undo(x.reshape(self.n, -1)).reshape(self.groups, -1, self.stride, rows)
+            block = x.numel() // max(self.blocks * rows, 1)
+            x = self.permute.undo(x.reshape(self.n, -1)).reshape(self.groups, block, self.stride, rows)
         return x
 
     def merge_last(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
-from .pointwise import Linear
+from .pointwise import Linear, is_plain
 
 
 class DenseMlp(FeatureMixer):
@@ -22,8 +22,12 @@ class DenseMlp(FeatureMixer):
 
     def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
-        if features_last:
-            return self(x.t())
+        plain = True
+        if not torch.jit.is_scripting():
+            plain = is_plain(self.fc1) and is_plain(self.fc2)
+        if features_last or not plain:
+            y = self(x.t())
+            return y if features_last else y.t()
         x = self.drop(F.gelu(torch.addmm(self.fc1.bias.unsqueeze(1), self.fc1.weight, x)))
         return torch.addmm(self.fc2.bias.unsqueeze(1), self.fc2.weight, x)
 

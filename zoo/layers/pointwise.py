@@ -49,6 +49,12 @@ def beats_a_product(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
+@torch.jit.unused
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a Linear is as it was built: nothing in its place and no hook on it, so that its weights say all."""
+    return type(linear) in (nn.Linear, Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that takes the faster way."""
 

@@ -96,11 +96,16 @@ class TokenStem(nn.Module):
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         """Expect images of another size (H, W). No weight depends on it."""
+        self.grid = self.grid_of(img_size)
+        self.img_size = (img_size[0], img_size[1])
+
+    @torch.jit.unused
+    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the tokens of an image of (H, W). Raises ValueError if patches do not divide it."""
         height, width = img_size
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide the image size {height}x{width}")
-        self.img_size = (height, width)
-        self.grid = (height // self.patch_size, width // self.patch_size)
+        return height // self.patch_size, width // self.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, N, C)."""
