@@ -333,12 +333,12 @@ def _shape(tensor: "torch.Tensor | None") -> str:
 def _load_pt2(path: Path, device: "torch.device", amp: bool) -> Pt2Runtime:
     import torch
 
-    from .pt2 import check_archive
+    from .pt2 import checked_archive
 
-    check_archive(path)
+    archive = checked_archive(path)
     files = {METADATA_KEY: ""}
     try:
-        program = torch.export.load(path, extra_files=files)
+        program = torch.export.load(archive, extra_files=files)
     except Exception as error:
         raise DimmixError(f"{path}: not a torch.export archive ({_first_line(error)})") from error
     if not files[METADATA_KEY] or len(program.graph_signature.user_outputs) != 2:

@@ -1,7 +1,9 @@
 """Every kind of export answers as the model does and carries its metadata; nothing unverified keeps its name."""
 
+import io
 import json
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -15,6 +17,7 @@ from dimmix.datasets import open_dataset
 from dimmix.errors import DimmixError
 from dimmix.export import export_model, is_convolutional, sample_dataset, split_dataset
 from dimmix.images import sample_images
+from dimmix.pt2 import _EXPRESSION
 from dimmix.runtime import load_model, load_runtime
 
 from ..conftest import CIFAR10, LABELS
@@ -150,6 +153,16 @@ class Harmful:
             lambda old: json.dumps(json.loads(old) | {"x": {"expr_str": "open('/tmp/x')"}}).encode(),
             "no plain expression",
         ),
+        (
+            "models/model.json",
+            lambda old: re.sub(rb"\"Symbol\('s\d+'[^\"]*", b'"print(chr(65)+chr(66))', old, count=1),
+            "no plain expression",
+        ),
+        (
+            "models/model.json",
+            lambda old: re.sub(rb"torch\.ops\.aten\.conv2d\.\w+", b"torch.os.system", old, count=1),
+            "it calls 'torch.os.system'",
+        ),
     ],
 )
 def test_an_archive_that_could_run_code_is_refused(archive, tmp_path, part, change, reason, capsys):
@@ -158,6 +171,46 @@ def test_an_archive_that_could_run_code_is_refused(archive, tmp_path, part, chan
     with pytest.raises(DimmixError, match=reason):
         load_runtime(str(path))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_second_file_of_one_name_is_refused(archive, tmp_path):
+    path = tmp_path / "bad.pt2"
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+        for part in old.namelist():
+            if part.endswith("sample_inputs/model.pt"):
+                new.writestr(part, pickle.dumps(Harmful()))
+            new.writestr(part, old.read(part))
+    with pytest.raises(DimmixError, match="two files of one name"):
+        load_runtime(str(path))
+
+
+def test_what_was_checked_is_what_is_loaded(archive, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt2"
+    path.write_bytes(archive.read_bytes())
+    loaded = []
+    load = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda file, **options: loaded.append(file) or load(file, **options))
+    load_runtime(str(path))
+    assert isinstance(loaded[0], io.BytesIO)
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(loaded[0]) as new:
+        assert {name: old.read(name) for name in old.namelist()} == {name: new.read(name) for name in new.namelist()}
+
+
+@pytest.mark.parametrize(
+    ("expression", "plain"),
+    [
+        ("Mul(Integer(64), Symbol('s34', positive=True, integer=True))", True),
+        ("2*s0 + s1//4", True),
+        ("exec(chr(1))", False),
+        ("open('s1','s2')", False),
+        ("Symbol('open')", False),
+        ("9**9**9", False),
+        ("s1.real", False),
+    ],
+)
+def test_expressions_of_shapes(expression, plain):
+    assert bool(_EXPRESSION.fullmatch(expression)) == plain
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
