@@ -67,8 +67,8 @@ the original. Where hyper-parameters or epochs were compared, it was on the last
 
 ## Training
 
-A teacher learnt from the same training images and no others, before any model that it taught
-(`dimmix train recipes/teacher.cifar10.toml`, and `teacher.cifar100.toml`).
+A teacher learnt from the same training images and no others. Its weights and card lie beside the recipes in the
+repository (`recipes/teacher_cnn.*`), not in the package.
 
 {training}
 
