@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dimmix.errors import first_line
+
 from .card import Card
 from .errors import CheckpointError
 from .header import verify
@@ -123,7 +125,7 @@ def _load_back(folder: Path) -> None:
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
     except Exception as error:  # timm raises whatever the architecture does
-        raise CheckpointError(f"timm does not load what would be published: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"timm does not load what would be published: {first_line(error)}") from error
     saved = safetensors.torch.load_file(folder / WEIGHTS)
     different = saved.keys() ^ loaded.keys() or {key for key in saved if not torch.equal(saved[key], loaded[key])}
     if different:

@@ -75,6 +75,8 @@ def export(
     """
     if int8 and (to is not Kind.onnx or data is None):
         raise DimmixError("--int8 goes with --to onnx and --data, images to calibrate on", exit_code=2)
+    if data is None and (split or image_column or label_column):
+        raise DimmixError("--split, --image-column and --label-column go with --data", exit_code=2)
     import logging
 
     from dimmix.datasets import open_dataset
@@ -83,9 +85,11 @@ def export(
 
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer's advice is for who calls it, not for who calls us
     network, spec = load_model(model, checkpoint=checkpoint)
-    path = output or Path(model.rpartition("/")[2].rpartition(":")[2] + SUFFIXES[to])
+    path = output or Path(model.rstrip("/").rpartition("/")[2].rpartition(":")[2] + SUFFIXES[to])
     if path.suffix != SUFFIXES[to] and to is not Kind.timm_dir:
         raise DimmixError(f"--output {path}: a file of --to {to} ends in {SUFFIXES[to]}", exit_code=2)
+    if to is Kind.safetensors and path.with_suffix(".json").is_file():
+        raise DimmixError(f"--output {path}: a card of other weights lies beside; choose another folder", exit_code=2)
     dataset = None
     if data is not None:
         found = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
@@ -137,11 +141,13 @@ def _some_images(spec: "Spec", dataset: "LabelledImages | None", start: int = 0)
 
     import numpy as np
 
-    from dimmix.images import open_image, sample_images
+    from dimmix.images import sample_images
+    from dimmix.preprocess import crop_image
 
     found: Any = sample_images() if dataset is None else (sample.image for sample in dataset)
     images = list(itertools.islice(found, start, start + 16))
+    if not images:
+        raise DimmixError(f"--data {dataset.name if dataset else ''}: no images in it", exit_code=2)
     while len(images) < 7:
         images += images
-    mode = spec.preprocess.mode
-    return np.stack([spec.preprocess(open_image(image, mode)) for image in images])
+    return np.stack([spec.preprocess.normalize(crop_image(image, spec.preprocess)) for image in images])

@@ -40,6 +40,8 @@ def list_models(
     """
     if remote and (architectures or dataset or max_params is not None):
         raise DimmixError("--remote compares checkpoints by name: it goes with PATTERN and --family only", exit_code=2)
+    if architectures and dataset:
+        raise DimmixError("--dataset is of checkpoints: leave --architectures out", exit_code=2)
     if family and family not in FAMILIES:
         raise DimmixError(f"--family {family}: the families are {', '.join(FAMILIES)}", exit_code=2)
     records = _remote(pattern) if remote else _architectures(pattern, quiet) if architectures else _checkpoints(pattern)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dimmix.classifier import Result
     from dimmix.images import ImageError
 
+TOPK = 5
+
 
 @with_run_options
 def predict(
@@ -32,7 +34,7 @@ def predict(
     ],
     *,
     run: Run,
-    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for each image.")] = 5,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for each image.")] = TOPK,
     threshold: Annotated[
         float, typer.Option("--threshold", min=0, max=1, help="Leave out classes with less than this probability.")
     ] = 0.0,
@@ -54,6 +56,8 @@ def predict(
       dimmix predict "photos/**/*.png" --threshold 0.5
       cat photo.png | dimmix predict - --format json
     """
+    if embeddings is not None and (labels or threshold or topk != TOPK):
+        raise DimmixError("--embeddings has no classes: leave --topk, --threshold and --labels out", exit_code=2)
     classifier = run.classifier()
     if labels is not None:
         classifier.labels = _read_labels(labels, len(classifier.labels))
@@ -138,12 +142,14 @@ def _images(sources: list[str]) -> Iterator[Any]:
 def _count(sources: list[str], progress: ProgressBar) -> None:
     from dimmix.images import find_images
 
+    if any(source.startswith("@") and not Path(source[1:]).is_file() for source in sources):
+        return  # a list from a pipe can be read once
     progress.total = sum(1 for _ in find_images(source for source in sources if source != "-")) + sources.count("-")
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        labels = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DimmixError(f"--labels {path}: {error.strerror}", exit_code=2) from error
     except UnicodeDecodeError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
+from dimmix.errors import DimmixError
+
 from .options import Format
 
 Record = dict[str, Any]
@@ -153,8 +155,12 @@ def _resolve(format: Format, output: Path | None) -> Format:
     if format is not Format.auto:
         return format
     if output is not None:
-        suffix = output.suffix.removeprefix(".")
-        return Format(suffix) if suffix in ("json", "jsonl", "csv") else Format.jsonl
+        suffix = output.suffix.removeprefix(".").lower()
+        if output.is_dir():
+            return Format.jsonl  # whoever opens it will say so
+        if suffix not in ("json", "jsonl", "csv"):
+            raise DimmixError(f"--output {output}: ends in none of .json, .jsonl, .csv; choose a --format", exit_code=2)
+        return Format(suffix)
     return Format.table if sys.stdout.isatty() else Format.jsonl
 
 

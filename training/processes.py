@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, first_line
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def join_processes(device: str) -> Iterator[Processes]:
     try:
         chosen = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise DimmixError(f"--device {device}: {str(error).splitlines()[0]}", exit_code=2) from None
+        raise DimmixError(f"--device {device}: {first_line(error)}", exit_code=2) from None
     if count == 1:
         yield Processes(0, 1, chosen)
         return

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import DimmixError
+from .errors import DimmixError, first_line
 from .profile import count_macs, peak_bytes
 from .runtime import OnnxRuntime, describe_model
 
@@ -108,7 +108,7 @@ def _prepare(model: Any, backend: str, batch: torch.Tensor, spec: Any, folder: P
         for _ in range(3):
             call()
     except Exception as error:  # a compiler that is not there, a kernel that does not build
-        raise DimmixError(f"{spec.name} does not run {backend}: {str(error).splitlines()[0]}") from error
+        raise DimmixError(f"{spec.name} does not run {backend}: {first_line(error)}") from error
     return call
 
 

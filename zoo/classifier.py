@@ -12,8 +12,8 @@ from PIL import Image
 
 from .checkpoints import cards
 from .errors import DimmixError
-from .images import ImageError, describe, open_image
-from .preprocess import TooThinError
+from .images import ImageError, describe
+from .preprocess import crop_image
 from .runtime import Runtime, load_runtime
 from .stream import run_batches
 
@@ -109,7 +109,10 @@ class Classifier:
         return answers[0] if single else answers
 
     def embed(self, images: Any) -> np.ndarray:
-        """Pooled features before the classifier: (num_features,) for one image, (B, num_features) for several."""
+        """Pooled features before the classifier: (num_features,) for one image, (B, num_features) for several.
+
+        Of no images an array of no rows and no columns.
+        """
         if single := self._is_single(images):
             images = [images]
         rows = []
@@ -117,6 +120,8 @@ class Classifier:
             if isinstance(row, ImageError):
                 raise row
             rows.append(row)
+        if not rows:
+            return np.empty((0, 0), np.float32)
         return rows[0] if single else np.stack(rows)
 
     def stream(
@@ -137,15 +142,17 @@ class Classifier:
             yield describe(image), row
 
     def _best(self, topk: int, batch: np.ndarray) -> list[list[Prediction]]:
+        if not self.labels:
+            raise DimmixError(f"{self.name} has no classifier, and gives embeddings alone", exit_code=2)
         scores = softmax(self.runtime.logits(batch))
+        if not np.isfinite(scores).all():
+            raise DimmixError(f"{self.name} gives numbers that are not finite: its weights or its std are broken")
         order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
         best = zip(order.tolist(), np.take_along_axis(scores, order, 1).tolist(), strict=True)
         return [[Prediction(self.labels[i], i, score) for i, score in zip(*row, strict=True)] for row in best]
 
     def prepare(self, image: Any) -> np.ndarray:
         """One image, read and cropped: uint8 (H, W, C), or float32 (C, H, W) if it came transformed."""
-        if isinstance(image, ImageError):
-            raise image
         preprocess = self.runtime.spec.preprocess
         if _is_floating(image):
             array = np.asarray(image.float().cpu() if hasattr(image, "cpu") else image, np.float32)
@@ -153,10 +160,7 @@ class Classifier:
                 reason = f"float values of shape {array.shape}: after `transform` they are {preprocess.input_size}"
                 raise ImageError(describe(image), reason)
             return array
-        try:
-            return preprocess.crop(open_image(image, preprocess.mode))
-        except TooThinError as error:
-            raise ImageError(describe(image), error) from None
+        return crop_image(image, preprocess)
 
     def to_batch(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """What `prepare` returned for several images, as one float32 (B, C, H, W) array."""

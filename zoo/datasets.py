@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .errors import DimmixError
+from .errors import DimmixError, first_line
 from .images import ImageError, find_images
 
 SPLITS = ("test", "validation", "valid", "val", "dev")
@@ -63,13 +63,17 @@ def open_dataset(
         if path.suffix != ".parquet":
             raise DimmixError(f"{data}: neither a folder, a .parquet file nor a CIFAR archive")
         named = path.stem.split("-")[0]
-        split = split or (named if named in ("train", *SPLITS) else "all")
+        if named not in ("train", *SPLITS):
+            named = split or "all"
+        split = _choose_split(data, split, [named])
         return _from_parquet(data, [path], split, image_column, label_column)
     if shards := sorted(path.glob("**/*.parquet")):
         found = sorted({shard.name.split("-")[0].removesuffix(".parquet") for shard in shards})
         chosen = _choose_split(data, split, found)
         shards = [shard for shard in shards if shard.name.split("-")[0].removesuffix(".parquet") == chosen]
         return _from_parquet(data, shards, chosen, image_column, label_column)
+    if image_column or label_column:
+        raise DimmixError(f"{data}: folders have no columns; leave --image-column and --label-column out", exit_code=2)
     return _from_folders(path, split)
 
 
@@ -79,14 +83,16 @@ def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> 
     Raises:
         DimmixError: a class that the model does not know, or by index another number of classes.
     """
-    if dataset.labels is None or all(label.isdigit() for label in labels):
-        if dataset.labels is not None and len(dataset.labels) != len(labels):
-            raise _mismatch(dataset, model, labels)
+    if dataset.labels is None:
         return None
-    if all(label.isdigit() for label in dataset.labels):
+    if dataset.labels and all(label.isdigit() for label in dataset.labels):
         if max(map(int, dataset.labels)) >= len(labels):
             raise _mismatch(dataset, model, labels)
         return [int(label) for label in dataset.labels]
+    if all(label.isdigit() for label in labels):
+        if len(dataset.labels) != len(labels):
+            raise _mismatch(dataset, model, labels)
+        return None
     index = {_normalized(label): number for number, label in enumerate(labels)}
     try:
         return [index[_normalized(label)] for label in dataset.labels]
@@ -116,7 +122,8 @@ def _choose_split(data: str, split: str | None, found: list[str]) -> str:
 
 
 def _from_folders(root: Path, split: str | None) -> LabelledImages:
-    splits = [name for name in ("train", *SPLITS) if (root / name).is_dir()]
+    # A split holds class folders; a class may be called `test` and holds images.
+    splits = [name for name in ("train", *SPLITS) if any(path.is_dir() for path in (root / name).glob("*"))]
     if splits or split:
         split = _choose_split(str(root), split, splits)
     folder = root / (split or "")
@@ -184,7 +191,7 @@ def _choose_columns(
     """Of an Arrow schema: the column with images, that with classes, and their names; None: they are its texts."""
     import pyarrow as pa
 
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _declared_features(schema)
     binary = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)}
     binary |= {f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0}
     texts = {f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)}
@@ -194,6 +201,14 @@ def _choose_columns(
     label_column = _choose_column(data, "label", label_column, classes, features, "ClassLabel")
     names = None if label_column in texts else tuple(features.get(label_column, {}).get("names") or ())
     return image_column, label_column, names
+
+
+def _declared_features(schema: Any) -> dict[str, Any]:
+    """What the Hub's metadata say of the columns, where there are such."""
+    try:
+        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, ValueError, TypeError):
+        return {}
 
 
 def _choose_column(data: str, kind: str, asked: str | None, found: list[str], features: Any, feature: str) -> str:
@@ -219,7 +234,7 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
     except DimmixError:
         raise
     except Exception as error:  # the Hub's client, its network and the data's readers each raise their own
-        raise DimmixError(f"{data}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise DimmixError(f"{data}: cannot be loaded ({first_line(error)})") from error
     image_column, label_column, names = _choose_columns(data, table.features.arrow_schema, image_column, label_column)
     if names is None:
         names = tuple(sorted(name for name in table.unique(label_column) if name is not None))
@@ -258,8 +273,8 @@ def _from_cifar(path: Path, split: str) -> LabelledImages:
         parts = [_unpickle(files[name]) for name in batches[split]]
         pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [label for part in parts for label in part.get("fine_labels") or part["labels"]]
-    except (OSError, tarfile.TarError, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
-        raise DimmixError(f"{path}: not a whole CIFAR python archive ({error})") from error
+    except Exception as error:  # what a damaged archive or pickle raises has no end
+        raise DimmixError(f"{path}: not a whole CIFAR python archive ({first_line(error)})") from error
 
     def samples() -> Iterator[Sample]:
         for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
@@ -273,7 +288,10 @@ def _cifar_files(path: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
     with tarfile.open(path) as archive:
         members = [member for member in archive if member.isfile()]
-        return {Path(member.name).name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+        files = {Path(member.name).name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+        while archive.fileobj.read(2**20):
+            pass  # to the end, where gzip keeps its checksum
+        return files
 
 
 def _unpickle(content: bytes) -> dict[str, Any]:

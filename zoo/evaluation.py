@@ -63,13 +63,16 @@ class Evaluation:
 
     def update(self, logits: np.ndarray, labels: np.ndarray, samples: list[Sample]) -> list[Answer]:
         """Adds a batch: logits (B, classes), the model's label indices (B,); returns what the model said."""
+        if not np.isfinite(logits).all():
+            raise DimmixError(f"{self.model} gives numbers that are not finite: its weights or its std are broken")
         probabilities = softmax(logits)
+        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :5]
         predictions = probabilities.argmax(-1)
         scores = probabilities.max(-1)
         correct = predictions == labels
         true = probabilities[np.arange(len(labels)), labels]
         np.add.at(self.confusion, (labels, predictions), 1)
-        self._top5 += int(((probabilities > true[:, None]).sum(-1) < 5).sum())
+        self._top5 += int((best == np.asarray(labels)[:, None]).sum())
         self._nll -= float(np.log(np.maximum(true, np.finfo(np.float64).tiny)).sum())
         bins = np.digitize(scores.astype(np.float32), np.linspace(0, 1, BINS + 1, dtype=np.float32)) - 1
         np.add.at(self.bin_images, bins, 1)

@@ -16,7 +16,7 @@ import torch
 
 from .classifier import Classifier
 from .datasets import LabelledImages, Sample
-from .errors import DimmixError
+from .errors import DimmixError, first_line
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
 from .fuse import fuse, merge_groups
@@ -78,7 +78,7 @@ def export_model(
             writers[kind](temporary)
             difference = _largest_difference(reference, _reload(temporary, kind, model), images)
         except Exception as error:  # exporters and runtimes each raise their own
-            raise DimmixError(f"{spec.name}: the export to {kind} failed ({str(error).splitlines()[0]})") from error
+            raise DimmixError(f"{spec.name}: the export to {kind} failed ({first_line(error)})") from error
         if not difference <= atol:
             raise DimmixError(f"{path}: it differs from the model by {difference:.2e}, more than --atol {atol:g}")
         size = sum(file.stat().st_size for file in [temporary, *temporary.glob("*")] if file.is_file())

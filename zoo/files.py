@@ -39,8 +39,12 @@ def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> 
     What `worth_keeping` then says yes of becomes `NAME.partial` instead, and the exception gets a note of it.
 
     Raises:
-        DimmixError: the folder is not there or cannot be written to, or `path` is a folder.
+        DimmixError: the folder is not there or cannot be written to, or `path` is a folder, a
+            device or a pipe.
     """
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DimmixError(f"{path}: not a regular file, and will not be replaced by one", exit_code=2)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")

@@ -129,17 +129,16 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.nan_to_num(pixels / top).clip(0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def find_images(sources: Iterable[str]) -> Iterator[str | ImageError]:
+def find_images(sources: Iterable[str], lists: tuple[str, ...] = ()) -> Iterator[str | ImageError]:
     """The images that files, folders (searched to the bottom), globs and `@list.txt` name, lazily.
 
     Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once. What
-    cannot be listed, or holds no image, comes as an error in its place.
+    cannot be listed, or holds no image, comes as an error in its place. `lists` are those that are being read.
     """
     for source in sources:
         try:
             if source.startswith("@") and not os.path.exists(source):
-                with open(source[1:], encoding="utf-8", errors="surrogateescape") as lines:
-                    yield from find_images(line.strip() for line in lines if line.strip())
+                yield from _listed(source, lists)
             elif os.path.isdir(source):
                 yield from _walk(source)
             elif glob.has_magic(source) and not os.path.exists(source):
@@ -150,14 +149,28 @@ def find_images(sources: Iterable[str]) -> Iterator[str | ImageError]:
             yield ImageError(source, error.strerror)
 
 
+def _listed(source: str, lists: tuple[str, ...]) -> Iterator[str | ImageError]:
+    path = os.path.realpath(source[1:])
+    if path in lists:
+        yield ImageError(source, "a list that names itself")
+        return
+    with open(source[1:], encoding="utf-8", errors="surrogateescape") as lines:
+        names = (line.strip() for line in lines if line.strip())
+        first = next(names, None)
+        if first is None:
+            yield ImageError(source, "an empty list")
+        else:
+            yield from find_images(itertools.chain([first], names), (*lists, path))
+
+
 def _glob(pattern: str) -> Iterator[str | ImageError]:
-    names = glob.iglob(pattern, recursive=True)
+    names = (name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
     first = next(names, None)
     if first is None:
         yield ImageError(pattern, "no file matches")
         return
-    names = (name for name in itertools.chain([first], names) if not os.path.isdir(name))
-    while run := sorted(itertools.islice(names, _SORTED_AT_ONCE)):
+    rest = itertools.chain([first], names)
+    while run := sorted(itertools.islice(rest, _SORTED_AT_ONCE)):
         yield from run
 
 

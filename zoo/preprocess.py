@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .images import MAX_PIXELS
+from .images import MAX_PIXELS, ImageError, describe, open_image
 
 
 class TooThinError(ValueError):
@@ -30,7 +30,13 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Preprocess":
-        """From timm's data config, or the same keys out of an exported file's metadata."""
+        """From timm's data config, or the same keys out of an exported file's metadata.
+
+        Raises:
+            KeyError, ValueError: a key is missing, or an interpolation is meant that Pillow does not have.
+        """
+        if config["interpolation"].upper() not in Image.Resampling.__members__:
+            raise ValueError(f"interpolation {config['interpolation']!r} is not one of Pillow's")
         return cls(
             input_size=tuple(config["input_size"]),
             mean=tuple(config["mean"]),
@@ -93,6 +99,16 @@ class Preprocess:
         canvas = Image.new(image.mode, (box[2] - box[0], box[3] - box[1]), fill if len(fill) > 1 else fill[0])
         canvas.paste(image, (-box[0], -box[1]))
         return canvas
+
+
+def crop_image(source: Any, preprocess: Preprocess) -> np.ndarray:
+    """A source of an image, as `open_image` takes them, to uint8 (H, W, C). Raises ImageError, also one that came."""
+    if isinstance(source, ImageError):
+        raise source
+    try:
+        return preprocess.crop(open_image(source, preprocess.mode))
+    except TooThinError as error:
+        raise ImageError(describe(source), error) from None
 
 
 def _margin(edge: int, target: int) -> int:

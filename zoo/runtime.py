@@ -7,14 +7,14 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .errors import DimmixError
+from .errors import DimmixError, first_line
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -38,11 +38,16 @@ class Spec:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Spec":
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        preprocess = Preprocess.from_config(values["preprocess"])
-        return cls(values["name"], preprocess, tuple(values["labels"]), values["card"])
+    def from_json(cls, text: str, path: Path) -> "Spec":
+        """The inverse of `to_json`, of the text in `path`. Raises DimmixError where that is another one's."""
+        try:
+            values = json.loads(text)
+            preprocess = Preprocess.from_config(values["preprocess"])
+            return cls(values["name"], preprocess, tuple(values["labels"]), dict(values["card"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DimmixError(
+                f"{path}: its metadata are not those of an export ({type(error).__name__}: {error})"
+            ) from None
 
 
 class Runtime(Protocol):
@@ -138,11 +143,11 @@ class OnnxRuntime:
         try:
             self.session = onnxruntime.InferenceSession(os.fspath(path), providers=providers)
         except Exception as error:
-            raise DimmixError(f"{path}: not an ONNX file that onnxruntime can run ({_first_line(error)})") from error
+            raise DimmixError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from error
         metadata = self.session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
             raise DimmixError(f"{path}: no labels and preprocessing in it; make it with `dimmix export`")
-        self.spec = Spec.from_json(metadata[METADATA_KEY])
+        self.spec = Spec.from_json(metadata[METADATA_KEY], path)
         self._input = self.session.get_inputs()[0].name
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
@@ -222,16 +227,23 @@ def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[tor
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         raise _unknown_model(name)
-    try:
+    with _named_errors(name):
         model: Any = create_model(name).eval()
+        card = cards().get(f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}")
+        return model, model_spec(model, name, asdict(card) if card else {})
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Whatever timm, the Hub's client or safetensors raise becomes one line about `name`."""
+    try:
+        yield
     except DimmixError:
         raise
-    except Exception as error:  # timm, the Hub's client and safetensors each raise their own
+    except Exception as error:
         if "Invalid pretrained tag" in str(error):
             raise _unknown_model(name) from None
-        raise DimmixError(f"{name}: cannot be loaded ({_first_line(error)})") from error
-    card = cards().get(f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}")
-    return model, model_spec(model, name, asdict(card) if card else {})
+        raise DimmixError(f"{name}: cannot be loaded ({first_line(error)})") from error
 
 
 def describe_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[torch.nn.Module, Spec]":
@@ -243,8 +255,9 @@ def describe_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple
     known = {card.architecture for card in cards().values()} | cards().keys()
     if checkpoint is not None or ":" in name or name in known or not timm.is_model(name):
         return load_model(name, checkpoint=checkpoint)
-    model = timm.create_model(name).eval()
-    return model, model_spec(model, name, {})
+    with _named_errors(name):
+        model = timm.create_model(name).eval()
+        return model, model_spec(model, name, {})
 
 
 def model_spec(model: Any, name: str, card: dict[str, Any]) -> Spec:
@@ -286,13 +299,16 @@ def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
         raise _unknown_model(name)
     path = find(path)
     cfg, card = _about_checkpoint(path)
+    if card and card.get("architecture") != name.partition(".")[0]:
+        raise DimmixError(f"{path}: weights of {card.get('architecture')}, not of {name}")  # their shapes may agree
     state = safetensors.torch.load_file(path)
-    with torch.device("meta"):
+    with _named_errors(name), torch.device("meta"):
         blank: Any = timm.create_model(name)
     classifier = blank.pretrained_cfg["classifier"]
     head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
-    classes: dict[str, Any] = {} if head is None else {"num_classes": len(head)}
-    model = timm.create_model(name, pretrained_cfg_overlay=cfg or None, **classes)
+    classes: dict[str, Any] = {} if head is None or head.ndim == 0 else {"num_classes": len(head)}
+    with _named_errors(name):
+        model = timm.create_model(name, pretrained_cfg_overlay=cfg or None, **classes)
     expected = model.state_dict()
     wrong = [
         f"{key} is {_shape(state.get(key))}, expected {_shape(expected.get(key))}"
@@ -303,7 +319,8 @@ def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise DimmixError(f"{path}: the weights do not fit {name}: {wrong[0]}{more}")
     model.load_state_dict(state)
-    return model.eval(), model_spec(model, name, card)
+    with _named_errors(name):
+        return model.eval(), model_spec(model, name, card)
 
 
 def _about_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -322,7 +339,7 @@ def _about_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
         return {}, {}
-    spec = Spec.from_json(metadata[METADATA_KEY])
+    spec = Spec.from_json(metadata[METADATA_KEY], path)
     return {**asdict(spec.preprocess), "label_names": spec.labels, "num_classes": len(spec.labels)}, spec.card
 
 
@@ -340,11 +357,7 @@ def _load_pt2(path: Path, device: "torch.device", amp: bool) -> Pt2Runtime:
     try:
         program = torch.export.load(archive, extra_files=files)
     except Exception as error:
-        raise DimmixError(f"{path}: not a torch.export archive ({_first_line(error)})") from error
+        raise DimmixError(f"{path}: not a torch.export archive ({first_line(error)})") from error
     if not files[METADATA_KEY] or len(program.graph_signature.user_outputs) != 2:
         raise DimmixError(f"{path}: no labels, preprocessing and features in it; make it with `dimmix export`")
-    return Pt2Runtime(program.module(), Spec.from_json(files[METADATA_KEY]), device, amp)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Pt2Runtime(program.module(), Spec.from_json(files[METADATA_KEY], path), device, amp)

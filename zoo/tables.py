@@ -59,7 +59,11 @@ def _parquet_writer(path: Path, columns: dict[str, str]) -> Iterator[Write]:
     rows: list[dict[str, Any]] = []
 
     def write(row: dict[str, Any]) -> None:
-        rows.append(row)
+        # Names of files may hold bytes that are no UTF-8, which Parquet does not take.
+        texts = {
+            key: value.encode("utf-8", "backslashreplace").decode() for key, value in row.items() if type(value) is str
+        }
+        rows.append(row | texts)
         if len(rows) == _ROW_GROUP:
             file.write_table(pa.Table.from_pylist(rows, schema))
             rows.clear()

@@ -21,6 +21,16 @@ def test_list_shows_every_checkpoint_and_sorts_by_any_column(dimmix):
         assert dimmix("list", "--sort", "nothing").code == 2
 
 
+def test_list_refuses_what_it_cannot_filter_by(dimmix):
+    for options, said in (
+        (["--architectures", "--dataset", "cifar10"], "--dataset is of checkpoints"),
+        (["--family", "resnet"], "--family resnet: the families are butterfly_resnet, "),
+    ):
+        done = dimmix("list", *options)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert said in done.err
+
+
 def test_list_filters_architectures_by_name_family_and_size(dimmix):
     found = lines(dimmix("list", "*nano*", "--architectures", "--sort", "params").out)
     assert sorted(record["name"] for record in found) == package.list_models("*nano*")

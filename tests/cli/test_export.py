@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from ..conftest import CIFAR10
 
@@ -60,7 +61,37 @@ def test_a_difference_over_atol_is_exit_1_and_no_file(dimmix, model, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "onnx", "--int8"], ["--to", "pt2", "--int8", "--data", "x"], ["--to", "onnx", "-o", "m.pt2"]]
+    "arguments",
+    [
+        ["--to", "onnx", "--int8"],
+        ["--to", "pt2", "--int8", "--data", "x"],
+        ["--to", "onnx", "-o", "m.pt2"],
+        ["--to", "onnx", "--split", "test"],
+    ],
 )
 def test_wrong_usage_is_exit_2(dimmix, model, arguments):
     assert dimmix("export", *model, *arguments).code == 2
+
+
+def test_data_without_an_image_that_can_be_read_is_one_line(dimmix, model, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(
+        pa.table({"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), tmp_path / "e.parquet"
+    )
+    (tmp_path / "thin" / "a").mkdir(parents=True)
+    Image.new("RGB", (1, 200_000)).save(tmp_path / "thin" / "a" / "thin.png")
+    (tmp_path / "none" / "a").mkdir(parents=True)
+    for data, said in (("e.parquet", "no images in it"), ("thin", "too long and thin"), ("none", "without images")):
+        done = dimmix(
+            "export", *model, "--to", "safetensors", "-o", tmp_path / "m.safetensors", "--data", tmp_path / data
+        )
+        assert done.code in (1, 2)
+        assert said in done.err
+        assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_weights_are_not_written_beside_the_card_of_others(dimmix, model, tiny, tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    done = dimmix("export", *model, "--to", "safetensors", "-o", tmp_path / "m.safetensors")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "a card of other weights lies beside" in done.err

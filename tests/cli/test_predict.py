@@ -119,7 +119,7 @@ def test_a_glob_is_answered_in_order(dimmix, brightest, red, tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_one_line(dimmix, tiny, red):
     done = dimmix("predict", red, "--model", "butterfly_resnet20_blockmix_w32", "--checkpoint", tiny.checkpoint)
     assert (done.code, done.err.count("\n")) == (1, 1)
-    assert "the weights do not fit butterfly_resnet20_blockmix_w32" in done.err
+    assert "weights of butterfly_resnet20_convmix_w32, not of butterfly_resnet20_blockmix_w32" in done.err
 
 
 MEMORY = (
@@ -185,3 +185,31 @@ def test_a_closed_pipe_ends_quietly(brightest, red, tmp_path):
         assert json.loads(run.stdout.readline())["source"] == str(red)
         run.stdout.close()
         assert "Traceback" not in run.stderr.read()
+
+
+def test_embeddings_take_no_options_of_classes(dimmix, brightest, red, tmp_path):
+    for options in (["-k", 2], ["--threshold", 0.5], ["--labels", red]):
+        done = dimmix("predict", red, "-m", brightest, "--embeddings", tmp_path / "e.npy", *options)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "--embeddings has no classes" in done.err
+
+
+def test_a_list_from_a_pipe_is_not_read_to_be_counted(tmp_path, red):
+    from dimmix_cli.predict import _count
+
+    class Bar:
+        total = None
+
+    os.mkfifo(tmp_path / "pipe")
+    _count([f"@{tmp_path / 'pipe'}"], Bar)  # would wait for a writer
+    assert Bar.total is None
+    (tmp_path / "list.txt").write_text(f"{red}\n{red}\n")
+    _count([f"@{tmp_path / 'list.txt'}", "-"], Bar)
+    assert Bar.total == 3
+
+
+def test_an_unknown_suffix_of_the_output_is_wrong_usage(dimmix, brightest, red, tmp_path):
+    done = dimmix("predict", red, "-m", brightest, "-o", tmp_path / "out.parquet")
+    assert (done.code, done.err.count("\n"), list(tmp_path.glob("out*"))) == (2, 1, [])
+    assert dimmix("predict", red, "-m", brightest, "-o", tmp_path / "out.CSV").code == 0
+    assert (tmp_path / "out.CSV").read_text().startswith("source,rank")

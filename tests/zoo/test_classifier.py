@@ -1,5 +1,6 @@
 """Classifier: every kind of image gives the same answer; streams are lazy and go on past what is broken."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dimmix import Classifier
 from dimmix.errors import DimmixError
 from dimmix.images import ImageError
+from dimmix.runtime import describe_model
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +103,65 @@ def test_an_unknown_model_names_close_matches():
         Classifier("resnet18x")
 
 
-def test_weights_of_another_architecture_say_what_does_not_fit(tiny):
-    with pytest.raises(DimmixError, match=r"tiny\.safetensors: the weights do not fit resnet18: .* expected"):
+def test_weights_of_another_architecture_say_what_does_not_fit(tiny, tmp_path):
+    with pytest.raises(DimmixError, match=r"tiny\.safetensors: weights of butterfly_.*_convmix_w32, not of resnet18"):
         Classifier("resnet18", "cpu", tiny.checkpoint)
+    (tmp_path / "w.safetensors").write_bytes(tiny.checkpoint.read_bytes())  # without its card
+    with pytest.raises(DimmixError, match=r"w\.safetensors: the weights do not fit resnet18: .* expected"):
+        Classifier("resnet18", "cpu", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", "[]", '{"preprocess": {"interpolation": "random"}}'])
+def test_foreign_metadata_are_one_line(tiny, tmp_path, text):
+    save_file(load_file(tiny.checkpoint), tmp_path / "w.safetensors", {"dimmix": text})
+    with pytest.raises(DimmixError, match=r"w\.safetensors: its metadata are not those of an export") as caught:
+        Classifier(tiny.architecture, "cpu", tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18.bogus", "wide_mixer_c192_32.bogus"])
+def test_an_unknown_tag_is_a_usage_error(name, tiny):
+    for checkpoint in (None, tiny.checkpoint.with_name("none.safetensors")):
+        with pytest.raises(DimmixError):
+            Classifier(name, "cpu", checkpoint)
+    with pytest.raises(DimmixError, match=f"unknown model '{name}'") as caught:
+        describe_model(name)
+    assert caught.value.exit_code == 2
+
+
+class Broken:
+    """Runs as a model whose numbers are not finite."""
+
+    def __init__(self, spec, value):
+        self.spec, self.value = spec, value
+
+    def logits(self, batch):
+        return np.full((len(batch), len(self.spec.labels)), self.value, np.float32)
+
+    embed = logits
+
+    def lanes(self, batch_size):
+        return 1
+
+    def lane(self, lanes):
+        return lambda: None
+
+
+def test_answers_that_are_no_numbers_are_an_error(classifier, photo):
+    broken = Classifier.of(Broken(classifier.runtime.spec, np.nan))
+    with pytest.raises(DimmixError, match="gives numbers that are not finite"):
+        broken.predict(photo)
+
+
+def test_a_model_without_classes_gives_embeddings_alone(classifier, photo):
+    nothing = Classifier.of(Broken(dataclasses.replace(classifier.runtime.spec, labels=()), 0.0))
+    with pytest.raises(DimmixError, match="has no classifier, and gives embeddings alone"):
+        nothing.predict(photo)
+
+
+def test_of_no_images_there_is_nothing(classifier):
+    assert classifier.predict([]) == []
+    assert len(classifier.embed([])) == 0
 
 
 def test_a_changed_checkpoint_does_not_match_its_card(tiny, tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import tarfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -145,3 +146,48 @@ def test_a_mismatch_shows_both_sides(data, model):
         match_labels(named(*data), "m", model)
     assert all(name in str(caught.value) for name in (*data, *model))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_for_names_are_indices_however_they_are_sorted():
+    folders = sorted(map(str, range(12)))
+    assert match_labels(named(*folders), "m", [str(index) for index in range(12)]) == [int(name) for name in folders]
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path, class_folders):
+    for name in ("car", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(next((class_folders / "cat").iterdir()).read_bytes())
+    dataset = open_dataset(str(tmp_path))
+    assert (dataset.split, dataset.labels, len(list(dataset))) == ("all", ("car", "train"), 2)
+
+
+def test_options_that_a_source_cannot_follow_are_refused(tmp_path, class_folders):
+    (tmp_path / "test.parquet").write_bytes(CIFAR10.read_bytes())
+    assert open_dataset(str(tmp_path / "test.parquet"), split="test").split == "test"
+    with pytest.raises(DimmixError, match="no split 'train' among test"):
+        open_dataset(str(tmp_path / "test.parquet"), split="train")
+    with pytest.raises(DimmixError, match="folders have no columns"):
+        open_dataset(str(class_folders), label_column="label")
+
+
+@pytest.mark.parametrize("metadata", [b"not json", b"[]", b'{"info": null}'])
+def test_metadata_that_are_not_the_hubs_are_passed_over(tmp_path, metadata):
+    table = pq.read_table(CIFAR10).replace_schema_metadata({b"huggingface": metadata})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert open_dataset(str(tmp_path / "x.parquet")).labels is None
+
+
+def test_a_damaged_cifar_archive_is_one_line(tmp_path):
+    path = tmp_path / "c.tar.gz"
+    noise = np.random.default_rng(0).integers(0, 256, (50, 3072), dtype=np.uint8)
+    batch = {b"data": noise, b"labels": [0] * 50}
+    cifar_archive(path, {"batches.meta": {b"label_names": list(LABELS)}}, {"test_batch": batch})
+    whole = path.read_bytes()
+    for at in range(200, len(whole), len(whole) // 25):
+        path.write_bytes(whole[:at] + bytes(255 - byte for byte in whole[at : at + 40]) + whole[at + 40 :])
+        with pytest.raises(DimmixError, match=r"c\.tar\.gz: not a whole CIFAR python archive") as caught:
+            open_dataset(str(path))
+        assert "\n" not in str(caught.value)
+    cifar_archive(path, {"batches.meta": {b"label_names": list(LABELS)}}, {"test_batch": [1, 2]})
+    with pytest.raises(DimmixError, match="not a whole CIFAR python archive"):
+        open_dataset(str(path))

@@ -112,3 +112,11 @@ def test_the_report_is_one_page_with_its_pictures_inside(result, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert f"<td>{result.record()['top1']}</td>" in page
     assert "http" not in page
+
+
+def test_ties_are_ranked_as_answers_are_and_what_is_no_number_is_refused():
+    evaluation = Evaluation("m", "d", "test", list(LABELS))
+    evaluation.update(np.zeros((10, 10)), np.arange(10), [Sample(None, 0, "")] * 10)
+    assert (evaluation.top1, evaluation.top5) == (10, 50)
+    with pytest.raises(DimmixError, match="m gives numbers that are not finite"):
+        evaluation.update(np.full((1, 10), np.nan), np.arange(1), [Sample(None, 0, "")])

@@ -1,6 +1,7 @@
 """Files carry their name only when they are whole; what an interruption had finished stays beside them."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -62,3 +63,26 @@ def test_a_folder_is_not_replaced(tmp_path):
 def test_a_whole_content_is_written_into_a_new_folder(tmp_path):
     write_atomically(tmp_path / "new" / "file", b"content")
     assert [path.read_bytes() for path in (tmp_path / "new").iterdir()] == [b"content"]
+
+
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DimmixError, match="not a regular file") as caught:
+        write_atomically(tmp_path / "pipe", b"content")
+    assert caught.value.exit_code == 2
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_names_that_are_no_utf_8_go_into_parquet_escaped(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    with table_writer(tmp_path / "t.parquet", {"source": "string"}) as write:
+        write({"source": os.fsdecode(b"\xff.png")})
+    assert pq.read_table(tmp_path / "t.parquet").to_pylist() == [{"source": "\\udcff.png"}]

@@ -148,3 +148,14 @@ def test_what_names_nothing_is_an_error_in_its_place(tmp_path):
         "no file matches",
         "No such file or directory",
     ]
+
+
+def test_a_list_that_names_itself_or_nothing_is_an_error_in_its_place(tmp_path):
+    (tmp_path / "self.txt").write_text(f"a.png\n@{tmp_path}/other.txt\n")
+    (tmp_path / "other.txt").write_text(f"@{tmp_path}/self.txt\nb.png\n")
+    first, again, last = find_images([f"@{tmp_path}/self.txt"])
+    assert (first, last, str(again)) == ("a.png", "b.png", f"@{tmp_path}/self.txt: a list that names itself")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "folder").mkdir()
+    found = [str(item) for item in find_images([f"@{tmp_path}/empty.txt", f"{tmp_path}/fold*"])]
+    assert [text.split(": ")[1] for text in found] == ["an empty list", "no file matches"]
