@@ -62,7 +62,7 @@ def export(
     format: FormatOption = Format.auto,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model to a file with its preprocessing, labels and card, and compare it with the original.
+    """Write a model to a file with preprocessing, labels and (but for timm-dir) card, and compare it with the original.
 
     What differs by more than --atol is not kept, and the exit code is 1. `dimmix predict` and `dimmix eval` run the
     file: --model FILE. ONNX and torch.export files give `logits` and the pooled `features` by name.
