@@ -26,12 +26,7 @@ from dimmix.layers.pointwise import to_pixels, to_rows
 SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("rows", [1, 10, 11])  # one row, whole tiles, and a part of one at the end

@@ -27,12 +27,7 @@ from . import reference
 SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def _close(actual, expected):

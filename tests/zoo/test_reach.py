@@ -7,13 +7,7 @@ from torch import nn
 from dimmix.butterfly import ButterflySchedule
 from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, gather_groups, scatter_groups
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def _jacobian(layer, n):
