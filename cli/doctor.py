@@ -53,7 +53,9 @@ def _versions() -> list[Record]:
 def _devices() -> list[Record]:
     import torch
 
-    found = [_check("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    from dimmix.processor import processor
+
+    found = [_check("cpu", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
         found += [_check(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():

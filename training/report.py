@@ -4,7 +4,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from dimmix.checkpoints import Card
 from dimmix.datasets import Sample
 from dimmix.evaluation import Evaluation
 from dimmix.files import write_atomically
+from dimmix.processor import processor
 from dimmix.profile import count_macs
 
 from .recipe import Recipe
@@ -144,6 +144,4 @@ def commit_of(folder: Path) -> str:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
