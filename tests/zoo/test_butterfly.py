@@ -75,3 +75,8 @@ def test_square_radix_is_the_smallest_divisor_from_the_square_root_up(n, radix):
 def test_less_than_two_dimensions_have_no_radix(n):
     with pytest.raises(ValueError, match=f"n={n} is nothing to mix"):
         square_radix(n)
+
+
+def test_repr_names_the_strides_and_shuffled_levels():
+    assert repr(ButterflySchedule(8, 2)) == "ButterflySchedule(n=8, radix=2, strides=[1, 2, 4])"
+    assert repr(ButterflySchedule(6, 2)) == "ButterflySchedule(n=6, radix=2, strides=[1, 'shuffled', 'shuffled'])"
