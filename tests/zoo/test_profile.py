@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dimmix.layers import BlockLinear
-from dimmix.profile import count_macs, peak_bytes
+from dimmix.profile import count_macs, macs_by_module, peak_bytes
 
 
 def test_macs_of_convolutions_and_products() -> None:
@@ -11,6 +11,12 @@ def test_macs_of_convolutions_and_products() -> None:
         nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 36, 5, bias=False)
     )
     assert count_macs(model, (3, 8, 8)) == 8 * 8 * 8 * 27 + 36 * 8 * 18 + 8 * 36 * 5
+
+
+def test_macs_by_module_name_every_part_and_sum_up() -> None:
+    inner = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(6, 4), inner)
+    assert macs_by_module(model, (6,)) == {"": 24 + 12 + 6, "0": 24, "1": 12 + 6, "1.0": 12, "1.2": 6}
 
 
 class Blocks(nn.Module):
