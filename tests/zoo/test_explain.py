@@ -55,6 +55,17 @@ def test_the_sensitivity_is_the_gradient_of_the_asked_class():
     np.testing.assert_allclose(second[0, 0], weights[1].norm() / second.size, rtol=1e-4)
 
 
+def test_the_heat_of_a_pooled_head_is_the_map_of_class_activations():
+    """Below a mean over positions every gradient is the class's weight, so Grad-CAM is CAM (arXiv 1610.02391, 3.1)."""
+    ours = classifier("butterfly_resnet_nano_32")
+    model = ours.runtime.model
+    pixels = torch.from_numpy(ours.to_batch([ours.prepare(sample_images()[0])]))
+    with torch.no_grad():
+        activations = torch.einsum("c,chw->hw", model.head.weight[4], model.forward_features(pixels)[0]).relu()
+    wanted = torch.nn.functional.interpolate(activations[None, None], (32, 32), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(explain(ours, sample_images()[0], 4).heat, wanted / wanted.max(), atol=1e-5)
+
+
 def test_the_picture_is_written_whole_or_not_at_all(tmp_path):
     pytest.importorskip("matplotlib")
     found = explain(classifier("butterfly_resnet_nano_32"), sample_images()[0])
