@@ -144,9 +144,7 @@ class Classifier:
     def _best(self, topk: int, batch: np.ndarray) -> list[list[Prediction]]:
         if not self.labels:
             raise DimmixError(f"{self.name} has no classifier, and gives embeddings alone", exit_code=2)
-        scores = softmax(self.runtime.logits(batch))
-        if not np.isfinite(scores).all():
-            raise DimmixError(f"{self.name} gives numbers that are not finite: its weights or its std are broken")
+        scores = softmax(self.runtime.logits(batch), self.name)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
         best = zip(order.tolist(), np.take_along_axis(scores, order, 1).tolist(), strict=True)
         return [[Prediction(self.labels[i], i, score) for i, score in zip(*row, strict=True)] for row in best]
@@ -188,8 +186,14 @@ class Classifier:
         return hasattr(images, "ndim") and images.ndim < 4
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis, in float64."""
+def softmax(logits: np.ndarray, model: str) -> np.ndarray:
+    """Probabilities along the last axis, in float64, of what `model` gave.
+
+    Raises:
+        DimmixError: logits that are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise DimmixError(f"{model} gives numbers that are not finite: its weights or its std are broken")
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
 

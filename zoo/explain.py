@@ -41,7 +41,7 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
     """Explains the class `index`, by default the likeliest one (Grad-CAM: arXiv 1610.02391).
 
     Raises:
-        DimmixError: an image that cannot be read, or a model that is not one of ours.
+        DimmixError: an image that cannot be read, a model that is not one of ours, or logits that are not finite.
     """
     model = getattr(classifier.runtime, "model", None)
     if not isinstance(model, Trunk):
@@ -63,7 +63,7 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
         for i, gradient in enumerate(maps)
     ]
     heat = _grad_cam(_to_map(model, outputs[-1].detach()), maps[-1], pixels.shape[-2:])
-    score = float(softmax(logits[0].detach().cpu().numpy())[index])
+    score = float(softmax(logits[0].detach().cpu().numpy(), classifier.name)[index])
     prediction = Prediction(classifier.labels[index], index, score)
     return Explanation(prediction, crop, layers, heat)
 

@@ -79,3 +79,10 @@ def test_the_picture_is_written_whole_or_not_at_all(tmp_path):
 def test_a_file_without_the_model_cannot_be_explained(brightest):
     with pytest.raises(DimmixError, match="only a model of dimmix"):
         explain(Classifier(str(brightest)), sample_images()[0])
+
+
+def test_broken_weights_are_said():
+    ours = classifier("butterfly_resnet_nano_32")
+    torch.nn.init.constant_(ours.runtime.model.head.bias, float("nan"))
+    with pytest.raises(DimmixError, match="not finite"):
+        explain(ours, sample_images()[0])
