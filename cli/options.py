@@ -48,7 +48,8 @@ ModelOption = Annotated[
     ),
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", help="A .safetensors file with weights for the architecture --model.")
+    Path | None,
+    typer.Option("--checkpoint", help="A .safetensors file with weights for --model, or for what its card names."),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images that go through at once.")]
 WorkersOption = Annotated[

@@ -59,7 +59,7 @@ def train(
         folder=folder,
         data=data,
         split=split.value,
-        command=f"{started_by()} recipes/{recipe.name} --split {split.value}{changes}",
+        command=f"{started_by()} {shlex.quote(parsed.shown_path)} --split {split.value}{changes}",
         max_minutes=max_minutes,
         threads=threads,
         device=device,

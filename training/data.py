@@ -38,7 +38,9 @@ class Images:
 def load_images(root: Path, data: Data, split: str | None, cache: Path | None = None) -> Images:
     """All images of `split` of the data set in `root/data.name`, or in `root` itself, `data.image_size` pixels square.
 
-    Without `split`, the held-out one. With `cache`, a folder, the decoded arrays are kept there for the next time.
+    Without `split`, the held-out one. Training rows that come class by class are mixed, always in the same way. With
+    `cache`, a folder, the decoded arrays are kept there for the next time.
+
     Raises DimmixError when there is no such data set, and for images that are missing or broken, or labels outside
     the classes, naming their rows.
     """
@@ -53,7 +55,16 @@ def load_images(root: Path, data: Data, split: str | None, cache: Path | None = 
         if stored:
             _write_cache(stored, arrays)
     names = dataset.labels or tuple(map(str, range(int(arrays[1].max()) + 1)))
-    return Images(*arrays, names)
+    images = Images(*arrays, names)
+    return _mixed(images) if dataset.split == "train" else images
+
+
+def _mixed(images: Images) -> Images:
+    """Rows that come class by class, as folders do, in a random order: the last ones are held back to validate on."""
+    if (np.diff(images.labels) < 0).any():
+        return images
+    order = np.random.default_rng(0).permutation(len(images))
+    return Images(images.pixels[order], images.labels[order], images.names)
 
 
 def _decode(dataset: LabelledImages, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -44,6 +44,11 @@ class Learner:
         return self.ema.module
 
     @property
+    def architecture(self) -> str:
+        """What timm calls the model without a tag: a recipe may name a checkpoint to start from, or one on the Hub."""
+        return getattr(self.model, "pretrained_cfg", {}).get("architecture") or self.recipe.model.name
+
+    @property
     def lr(self) -> float:
         return self.optimizers[0].param_groups[0]["lr"]
 
@@ -144,7 +149,11 @@ def build_model(model: Model, classes: int, path: object) -> nn.Module:
 def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
     """The recipe's teacher, frozen in evaluation mode, with its weights."""
     assert recipe.teacher
-    teacher, path = recipe.teacher, find(recipe.teacher_weights)
+    teacher = recipe.teacher
+    try:
+        path = find(recipe.teacher_weights)
+    except DimmixError as error:
+        raise DimmixError(f"{recipe.path}: teacher.weights: {error}") from None
     model = build_model(Model(teacher.name, teacher.args), classes, f"{recipe.path}, [teacher]")
     try:
         model.load_state_dict(load_file(path))

@@ -157,6 +157,7 @@ class Run:
             self.reporter.say(f"finished before; --restart trains anew. {self.card}")
             return Card.read(self.card)
         facts = {
+            "architecture": self.learner.architecture,
             "split": "test" if self.options.split == "full" else "val",
             "images": len(self.held_out),
             "command": self.options.command,
@@ -175,7 +176,7 @@ class Run:
     @property
     def card(self) -> Path:
         """Where the card goes; one that is there already says that the run has ended."""
-        return self.options.folder / f"{self.recipe.model.name}.{self.recipe.tag}.json"
+        return self.options.folder / f"{self.learner.architecture}.{self.recipe.tag}.json"
 
     @property
     def images_per_second(self) -> float:

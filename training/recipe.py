@@ -13,7 +13,7 @@ from dimmix.errors import DimmixError
 
 @dataclass(frozen=True)
 class Model:
-    name: str
+    name: str  # what timm.create_model knows: an architecture, or with `pretrained = true` in args a checkpoint
     args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of timm.create_model
 
 
@@ -120,6 +120,12 @@ class Recipe:
     @property
     def tag(self) -> str:
         return self.stem.partition(".")[2] or self.data.name
+
+    @property
+    def shown_path(self) -> str:
+        """The file as a card names it: seen from the current folder, or by its name alone where it lies outside."""
+        path = self.path.absolute()
+        return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)).as_posix()
 
     @property
     def teacher_weights(self) -> str:

@@ -101,7 +101,6 @@ def write_checkpoint(
     weights = save({key: t.detach().cpu().contiguous() for key, t in state.items()})
     size = (3, recipe.data.image_size, recipe.data.image_size)
     card = Card(
-        architecture=recipe.model.name,
         tag=recipe.tag,
         file=f"{path.stem}.safetensors",
         sha256=hashlib.sha256(weights).hexdigest(),
@@ -119,7 +118,7 @@ def write_checkpoint(
         seed=recipe.train.seed,
         epochs=recipe.schedule.epochs,
         teacher=recipe.teacher.name if recipe.teacher else None,
-        recipe=f"recipes/{recipe.path.name}",
+        recipe=recipe.shown_path,
         hardware=_hardware(next(model.parameters()).device),
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm")},
         licence="Apache-2.0",

@@ -14,7 +14,7 @@ from .checkpoints import cards
 from .errors import DimmixError
 from .images import ImageError, describe
 from .preprocess import crop_image
-from .runtime import Runtime, load_runtime
+from .runtime import Runtime, architecture_of, load_runtime
 from .stream import run_batches
 
 
@@ -49,7 +49,7 @@ class Classifier:
 
     Args:
         name: `architecture[.tag]`, `hf-hub:org/name`, `local-dir:PATH` or an exported `.onnx` or `.pt2` file; without
-            one, the best bundled checkpoint.
+            one, the architecture that the card of `checkpoint` names, or else the best bundled checkpoint.
         device: `auto`, `cpu`, `cuda` or `mps`.
         checkpoint: a `.safetensors` file with weights for the architecture `name`.
         amp: run in bfloat16 where torch's autocast allows it.
@@ -69,7 +69,7 @@ class Classifier:
         *,
         amp: bool = False,
     ) -> None:
-        self.name = name or default_model()
+        self.name = name or (architecture_of(checkpoint) if checkpoint else default_model())
         self.runtime = load_runtime(self.name, device=device, checkpoint=checkpoint, amp=amp)
         self.labels = list(self.runtime.spec.labels)
 

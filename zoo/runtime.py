@@ -285,6 +285,8 @@ def _unknown_model(name: str) -> DimmixError:
     known = [*cards(), *ours, *timm.list_models()]
     close = list(dict.fromkeys(difflib.get_close_matches(name, known, n=3, cutoff=0.5)))
     hint = f"did you mean {' or '.join(close)}?" if close else "`dimmix list` shows the models"
+    if name.endswith(".safetensors"):
+        hint = "a file of weights is given as --checkpoint"
     return DimmixError(f"unknown model {name!r}: {hint}", exit_code=2)
 
 
@@ -321,6 +323,21 @@ def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
     model.load_state_dict(state)
     with _named_errors(name):
         return model.eval(), model_spec(model, name, card)
+
+
+def architecture_of(checkpoint: str | Path) -> str:
+    """The architecture of a `.safetensors` file, by the card beside it or its own metadata.
+
+    Raises:
+        DimmixError: no such file, or nothing that names it.
+    """
+    from .checkpoints import find
+
+    path = find(Path(checkpoint))
+    _, card = _about_checkpoint(path)
+    if "architecture" not in card:
+        raise DimmixError(f"{path}: no card beside it names the architecture; name it as the model", exit_code=2)
+    return str(card["architecture"])
 
 
 def _about_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,7 @@ def test_trains_prints_the_card_and_draws_the_curves(
     assert call(monkeypatch, *arguments) == 0
     card = json.loads(capsys.readouterr().out)
     assert (card["seed"], card["split"]) == (5, "val")
-    assert card["command"] == "dimmix train recipes/toy_resnet.toy.toml --split val --set train.seed=5"
+    assert card["command"] == "dimmix train toy_resnet.toy.toml --split val --set train.seed=5"
     assert call(monkeypatch, *arguments, "--plot") == 0
     picture = Path(capsys.readouterr().out.strip())
     assert picture == tmp_path / "runs" / "toy_resnet.toy-val" / "curves.png"
@@ -46,7 +46,7 @@ def test_the_card_says_with_how_many_threads_and_processes(
             patch.setattr(sys, "argv", ["dimmix.training", str(recipe_file()), "--threads", "3"])
             with pytest.raises(SystemExit, match="0"):
                 main()
-    run = "recipes/toy_resnet.toy.toml --split full --threads 3"
+    run = "toy_resnet.toy.toml --split full --threads 3"
     assert commands == [f"dimmix train {run}", f"torchrun --nproc-per-node 2 -m dimmix.training {run}"]
 
 

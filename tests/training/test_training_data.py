@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from toy_data import encode, toy_pixels, write_shard
 
 from dimmix.errors import DimmixError
@@ -18,6 +19,22 @@ def test_shards_are_decoded_in_order(toy: Path) -> None:
     assert np.array_equal(images.pixels, np.concatenate([first[0], second[0]]))
     assert images.labels.tolist() == first[1] + second[1]
     assert images.names == ("dark", "light", "red")
+
+
+def test_training_rows_of_class_folders_are_mixed_and_keep_their_labels(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label, name in enumerate(("dark", "light", "red")):
+            (folder := tmp_path / split / name).mkdir(parents=True)
+            for row in range(20):
+                Image.new("RGB", (16, 16), (100 * label, row, 0)).save(folder / f"{row:02}.png")
+    images, test = load_images(tmp_path, TOY, "train"), load_images(tmp_path, TOY, "test")
+    assert test.labels.tolist() == sorted(images.labels.tolist()) == [label for label in range(3) for _ in range(20)]
+    assert set(images.labels[-12:].tolist()) == {0, 1, 2}
+    assert (images.pixels[:, 0, 0, 0] == 100 * images.labels).all()
+    assert len({tuple(pixel) for pixel in images.pixels[:, 0, 0].tolist()}) == 60
+    again = load_images(tmp_path, TOY, "train")
+    assert np.array_equal(images.pixels, again.pixels)
+    assert np.array_equal(images.labels, again.labels)
 
 
 def test_the_folder_of_the_shards_will_do(toy: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_checkpoint_is_the_ema_and_reaches_what_the_card_says(train_toy: Tra
     assert card.top1 > 60
     assert (card.split, card.images, card.dataset, card.labels) == ("test", 12, "toy", ("dark", "light", "red"))
     assert (card.params, card.input_size) == (sum(p.numel() for p in model.parameters()), (3, 16, 16))
-    assert (card.recipe, card.teacher, card.top5) == ("recipes/toy_resnet.toy.toml", None, 100)
+    assert (card.recipe, card.teacher, card.top5) == ("toy_resnet.toy.toml", None, 100)
 
 
 def test_weights_that_float16_would_change_for_the_worse_stay_float32(
@@ -278,6 +278,13 @@ def teacher_of(folder: Path) -> tuple[str, ...]:
     model = tomllib.loads(RECIPE)["model"]
     args = tuple(f"teacher.args.{key}={value}" for key, value in model["args"].items())
     return (f"teacher.name={model['name']}", f"teacher.weights={folder / 'teacher.safetensors'}", *args)
+
+
+def test_weights_of_a_teacher_that_are_not_there_are_named_with_the_recipe(train_toy: Train) -> None:
+    with pytest.raises(
+        DimmixError, match=r"toy_resnet\.toy\.toml: teacher\.weights: there is no file none\.safetensors"
+    ):
+        train_toy("teacher.name=test_vit", "teacher.weights=none.safetensors")
 
 
 def test_validation_says_when_the_teacher_has_learnt_the_rows_held_back(

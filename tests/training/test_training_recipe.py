@@ -101,3 +101,13 @@ def test_the_teacher_comes_with_the_recipe(path: Path) -> None:
     learnt = load_teacher(recipe, len(card.labels))
     assert hashlib.sha256(Path(recipe.teacher_weights).read_bytes()).hexdigest() == card.sha256
     assert sum(p.numel() for p in learnt.parameters()) == card.params
+
+
+def test_a_card_names_the_recipe_as_seen_from_the_current_folder(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file()
+    assert read_recipe(path).shown_path == path.name
+    monkeypatch.chdir(path.parent.parent)
+    assert read_recipe(path).shown_path == f"{path.parent.name}/{path.name}"
+    assert read_recipe(path.relative_to(Path.cwd())).shown_path == f"{path.parent.name}/{path.name}"

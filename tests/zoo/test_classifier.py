@@ -111,6 +111,23 @@ def test_weights_of_another_architecture_say_what_does_not_fit(tiny, tmp_path):
         Classifier("resnet18", "cpu", tmp_path / "w.safetensors")
 
 
+def test_a_checkpoint_alone_is_of_the_architecture_that_its_card_names(tiny, tmp_path):
+    classifier = Classifier(device="cpu", checkpoint=tiny.checkpoint)
+    assert classifier.name == tiny.architecture
+    named = Classifier(tiny.architecture, "cpu", tiny.checkpoint)
+    image = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    assert classifier.predict(image) == named.predict(image)
+    (tmp_path / "w.safetensors").write_bytes(tiny.checkpoint.read_bytes())  # without its card
+    with pytest.raises(DimmixError, match=r"w\.safetensors: no card beside it names the architecture") as caught:
+        Classifier(checkpoint=tmp_path / "w.safetensors")
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_of_weights_is_not_a_model_and_the_error_says_what_it_is(tiny):
+    with pytest.raises(DimmixError, match="a file of weights is given as --checkpoint"):
+        Classifier(str(tiny.checkpoint))
+
+
 @pytest.mark.parametrize("text", ["{}", "not json", "[]", '{"preprocess": {"interpolation": "random"}}'])
 def test_foreign_metadata_are_one_line(tiny, tmp_path, text):
     save_file(load_file(tiny.checkpoint), tmp_path / "w.safetensors", {"dimmix": text})

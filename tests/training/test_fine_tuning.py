@@ -1,0 +1,52 @@
+"""Training that starts from a checkpoint, on other classes."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dimmix import Classifier
+from dimmix.checkpoints import cards
+from dimmix.training.loop import Options, train
+from dimmix.training.recipe import read_recipe
+
+ROOT = Path(__file__).parents[2]
+FINE_TUNED = "butterfly_resnet_fast_32.cifar10"
+Train = Callable[..., Any]
+
+
+@pytest.mark.skipif(FINE_TUNED not in cards(), reason="the checkpoint is not in this installation")
+def test_it_starts_from_the_checkpoint_and_gives_one_of_the_same_architecture(train_toy: Train, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    start = ("model.name=" + FINE_TUNED, "model.args={pretrained = true}")
+    unmoved = train_toy(*start, "optimizer.lr=0", name="unmoved")
+    learnt, given = load_file(runs / "unmoved" / unmoved.file), load_file(cards()[FINE_TUNED].path)
+    kept = [key for key, value in given.items() if key.endswith(".weight") and "head" not in key]
+    assert len(kept) > 10
+    assert all(torch.equal(learnt[key].float(), given[key].float()) for key in kept)
+    card = train_toy(*start, "schedule.epochs=8", name="tuned")
+    assert (card.name, card.labels) == ("butterfly_resnet_fast_32.toy", ("dark", "light", "red"))
+    assert card.top1 > 90
+    classifier = Classifier(checkpoint=runs / "tuned" / "butterfly_resnet_fast_32.toy.safetensors")
+    assert (classifier.name, classifier.predict(np.full((16, 16, 3), (200, 40, 40), np.uint8))[0].label) == (
+        "butterfly_resnet_fast_32",
+        "red",
+    )
+
+
+@pytest.mark.skipif("butterfly_resnet_fast_32.cifar100" not in cards(), reason="the checkpoint is not there")
+def test_the_recipe_of_the_guide_trains(toy: Path, tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", guide, re.S)
+    (tmp_path / "mine.toml").write_text(text)
+    small = ("data.name=toy", "train.batch_size=8", "schedule.epochs=2")
+    card = train(read_recipe(tmp_path / "mine.toml", small), Options(folder=tmp_path / "runs" / "mine", data=toy))
+    assert card
+    assert (card.name, card.epochs) == ("butterfly_resnet_fast_32.toy", 2)
+    for name in re.findall(r"runs/mine/(\S+)\.safetensors", guide):
+        assert (tmp_path / "runs" / "mine" / f"{name.replace('photos', 'toy')}.safetensors").is_file()
