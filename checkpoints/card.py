@@ -18,6 +18,10 @@ from dimmix.files import write_atomically
 from .errors import CheckpointError
 
 FOLDER = Path(__file__).parent
+# Arguments of timm.create_model that say where weights come from, or what the card says elsewhere.
+NOT_MODEL_ARGS = frozenset(
+    ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Card:
 
     `size` is in bytes, `dtype` a torch name (`"float32"`), `macs` multiply-accumulates for one image, `input_size`
     `(C, H, W)`; `top1`, `top5` and `per_class_accuracy` are in percent, `nll` in nats, `ece` a fraction;
-    `papers` are arXiv ids.
+    `papers` are arXiv ids. `model_args` are the keyword arguments in which the model differs from its architecture's
+    own; the bundled ones have none.
     """
 
     architecture: str
@@ -64,6 +69,7 @@ class Card:
     licence: str
     papers: tuple[str, ...]
     notes: str
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,10 +123,13 @@ class Card:
         if not isinstance(values, dict):
             raise CheckpointError(f"the card {path} is not a JSON object")
         kinds = typing.get_type_hints(cls)
-        if wrong := sorted(kinds.keys() ^ values.keys()):
+        optional = {field.name for field in dataclasses.fields(cls) if field.default_factory is not dataclasses.MISSING}
+        if wrong := sorted((kinds.keys() - optional) - values.keys() | values.keys() - kinds.keys()):
             state = "lacks" if wrong[0] in kinds else "has the unknown key"
             raise CheckpointError(f"the card {path} {state} {wrong[0]!r}")
         for key, kind in kinds.items():
+            if key not in values:
+                continue
             try:
                 values[key] = _convert(values[key], kind)
             except TypeError:
@@ -130,11 +139,15 @@ class Card:
             raise CheckpointError(f"the card {path}: sha256 {card.sha256!r} is not 64 lower-case hexadecimal digits")
         if Path(card.file).name != card.file:
             raise CheckpointError(f"the card {path}: file {card.file!r} must be a plain name beside the card")
+        if held := NOT_MODEL_ARGS & card.model_args.keys():
+            raise CheckpointError(f"the card {path}: model_args must not hold {min(held)!r}")
         return card
 
 
 def _convert(value: Any, kind: Any) -> Any:
     """`value` as read from JSON turned into a field's type; TypeError when it is something else."""
+    if kind is Any:
+        return value
     arguments = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return None if value is None else _convert(value, arguments[0])

@@ -102,7 +102,7 @@ def _config(card: Card) -> dict[str, Any]:
     cfg = {**own, **card.pretrained_cfg(), "tag": card.tag}
     for key in ("architecture", "hf_hub_id", "label_names"):
         cfg.pop(key, None)
-    model_args: dict[str, Any] = {}
+    model_args = dict(card.model_args)
     if card.input_size[0] != own["input_size"][0]:
         model_args["in_chans"] = card.input_size[0]
     if own.get("fixed_input_size") and card.input_size[1:] != tuple(own["input_size"][1:]):

@@ -67,6 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     values |= {"interpolation": "bicubic", "dataset": "cifar10", "split": "test", "images": 60, "top1": 10.0}
     values |= {"top5": 50.0, "nll": 2.3, "ece": 0.1, "per_class_accuracy": (10.0,) * 10}
     values |= {"params": sum(p.numel() for p in model.parameters()), "teacher": None, "versions": {}, "papers": ()}
+    values["model_args"] = {}
     texts = ("recipe", "command", "commit", "hardware", "licence", "notes")
     Card(**values | dict.fromkeys(texts, "")).write(path.with_suffix(".json"))  # type: ignore[arg-type]
     return Tiny(architecture, path)

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dimmix.checkpoints import Card
+from dimmix.checkpoints.card import NOT_MODEL_ARGS
 from dimmix.datasets import Sample
 from dimmix.evaluation import Evaluation
 from dimmix.files import write_atomically
@@ -124,6 +125,7 @@ def write_checkpoint(
         licence="Apache-2.0",
         papers=recipe.about.papers,
         notes=recipe.about.notes,
+        model_args={key: value for key, value in recipe.model.args.items() if key not in NOT_MODEL_ARGS},
         **facts,
     )
     write_atomically(path.parent / card.file, weights)

@@ -1,5 +1,6 @@
 """How timm's `pretrained=True` comes through the one door for weights, `dimmix.checkpoints.find`."""
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,8 @@ def build(
         if not summary.startswith("Error(s) in loading state_dict"):
             raise
         path = kwargs["pretrained_cfg_overlay"].get("file", "the given state_dict")
-        raise CheckpointError(f"{path} does not fit {variant}: {details[0].strip()}") from error
+        reason = textwrap.shorten(details[0], 200, placeholder=" ...")
+        raise CheckpointError(f"{path} does not fit {variant}: {reason}") from error
 
 
 def create_model(name: str, **kwargs: Any) -> Any:

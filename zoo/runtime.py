@@ -296,11 +296,13 @@ def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
     import torch
 
     from .checkpoints import find
+    from .checkpoints.card import NOT_MODEL_ARGS
 
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown_model(name)
     path = find(path)
     cfg, card = _about_checkpoint(path)
+    args = {key: value for key, value in card.get("model_args", {}).items() if key not in NOT_MODEL_ARGS}
     if card and card.get("architecture") != name.partition(".")[0]:
         raise DimmixError(f"{path}: weights of {card.get('architecture')}, not of {name}")  # their shapes may agree
     state = safetensors.torch.load_file(path)
@@ -310,7 +312,7 @@ def _load_checkpoint(name: str, path: Path) -> "tuple[torch.nn.Module, Spec]":
     head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     classes: dict[str, Any] = {} if head is None or head.ndim == 0 else {"num_classes": len(head)}
     with _named_errors(name):
-        model = timm.create_model(name, pretrained_cfg_overlay=cfg or None, **classes)
+        model = timm.create_model(name, pretrained_cfg_overlay=cfg or None, **args, **classes)
     expected = model.state_dict()
     wrong = [
         f"{key} is {_shape(state.get(key))}, expected {_shape(expected.get(key))}"

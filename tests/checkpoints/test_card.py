@@ -44,6 +44,8 @@ def test_a_failed_write_leaves_the_old_card(written, monkeypatch):
         ({"versions": {"torch": 2}}, "'versions' is"),
         ({"sha256": "abc"}, "sha256 'abc' is not 64"),
         ({"file": "../model.safetensors"}, "must be a plain name"),
+        ({"model_args": ["depths"]}, "'model_args' is"),
+        ({"model_args": {"depths": [1], "checkpoint_path": "x.pth"}}, "model_args must not hold 'checkpoint_path'"),
     ],
 )
 def test_a_wrong_card_names_its_file_and_key(written, changes, pattern):
@@ -55,6 +57,13 @@ def test_a_wrong_card_names_its_file_and_key(written, changes, pattern):
 def test_a_whole_number_may_stand_for_a_float_and_null_for_no_teacher(written):
     change(written, top1=92, teacher=None)
     assert Card.read(written).top1 == 92.0
+
+
+def test_arguments_of_the_model_may_be_left_out_and_survive(written):
+    change(written, model_args="<gone>")
+    assert Card.read(written).model_args == {}
+    make_card(weights(), model_args={"depths": [1, 2], "drop_rate": 0.1}).write(written)
+    assert Card.read(written).model_args == {"depths": [1, 2], "drop_rate": 0.1}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])

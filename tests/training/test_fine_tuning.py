@@ -1,5 +1,6 @@
 """Training that starts from a checkpoint, on other classes."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from dimmix import Classifier
 from dimmix.checkpoints import cards
+from dimmix.checkpoints.publish import write_folder
 from dimmix.training.loop import Options, train
 from dimmix.training.recipe import read_recipe
 
@@ -37,6 +39,18 @@ def test_it_starts_from_the_checkpoint_and_gives_one_of_the_same_architecture(tr
         "butterfly_resnet_fast_32",
         "red",
     )
+
+
+def test_a_design_of_ones_own_is_loaded_and_published_by_its_card(train_toy: Train, tmp_path: Path) -> None:
+    card = train_toy()
+    args = {"depths": [1, 1, 1], "width": 8, "radix": [4, 4, 4], "first_radix": [4, 4, 4], "drop_rate": 0.1}
+    assert card.model_args == args
+    path = tmp_path / "runs" / "run" / card.file
+    classifier = Classifier(checkpoint=path)
+    assert sum(p.numel() for p in classifier.runtime.model.parameters()) < 20_000
+    files = write_folder(card, path, tmp_path / "published", "me/toy")
+    assert json.loads((tmp_path / "published" / "config.json").read_text())["model_args"] == args
+    assert "config.json" in [file.name for file in files]
 
 
 @pytest.mark.skipif("butterfly_resnet_fast_32.cifar100" not in cards(), reason="the checkpoint is not there")
