@@ -34,6 +34,16 @@ class Images:
     def __getitem__(self, rows: slice) -> "Images":
         return Images(self.pixels[rows], self.labels[rows], self.names)
 
+    def relabelled(self, names: tuple[str, ...]) -> "Images":
+        """The same with labels that count in `names`: a held-out folder may lack classes that were learnt.
+
+        Raises DimmixError for a class that is not in `names`.
+        """
+        if unknown := [name for name in self.names if name not in names]:
+            raise DimmixError(f"the held-out images are of classes that the training images lack: {', '.join(unknown)}")
+        numbers = np.array([names.index(name) for name in self.names], np.int64)
+        return Images(self.pixels, numbers[self.labels], names)
+
 
 def load_images(root: Path, data: Data, split: str | None, cache: Path | None = None) -> Images:
     """All images of `split` of the data set in `root/data.name`, or in `root` itself, `data.image_size` pixels square.

@@ -272,7 +272,8 @@ def _load(recipe: Recipe, options: Options) -> tuple[Images, Images]:
     """Training images and those to evaluate on."""
     training = load_images(options.data, recipe.data, "train", options.cache)
     if options.split == "full":
-        return training, load_images(options.data, recipe.data, None, options.cache)
+        held_out = load_images(options.data, recipe.data, None, options.cache)
+        return training, held_out.relabelled(training.names)
     held_back = recipe.data.held_back
     if not 0 < held_back < len(training):
         raise DimmixError(f"{recipe.path}: data.held_back must leave some of the {len(training)} training rows")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dimmix import Classifier
@@ -64,3 +65,17 @@ def test_the_recipe_of_the_guide_trains(toy: Path, tmp_path: Path) -> None:
     assert (card.name, card.epochs) == ("butterfly_resnet_fast_32.toy", 2)
     for name in re.findall(r"runs/mine/(\S+)\.safetensors", guide):
         assert (tmp_path / "runs" / "mine" / f"{name.replace('photos', 'toy')}.safetensors").is_file()
+
+
+def test_a_held_out_folder_may_lack_a_class(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    levels = {"dark": 20, "grey": 120, "light": 220}
+    for split, names in (("train", levels), ("test", ("grey", "light"))):
+        for name in names:
+            (folder := tmp_path / "photos" / split / name).mkdir(parents=True)
+            for row in range(8):
+                Image.new("RGB", (16, 16), (levels[name] + row,) * 3).save(folder / f"{row}.png")
+    recipe = read_recipe(recipe_file(), ("schedule.epochs=20", "augment.cutout=0"))
+    card = train(recipe, Options(folder=tmp_path / "run", data=tmp_path / "photos"))
+    assert card
+    assert (card.labels, card.images, card.top1) == (("dark", "grey", "light"), 16, 100)
+    assert card.per_class_accuracy == (0.0, 100.0, 100.0)

@@ -7,7 +7,7 @@ from toy_data import encode, toy_pixels, write_shard
 
 from dimmix.errors import DimmixError
 from dimmix.training import data as data_module
-from dimmix.training.data import load_images
+from dimmix.training.data import Images, load_images
 from dimmix.training.recipe import Data
 
 TOY = Data("toy", image_size=16)
@@ -35,6 +35,14 @@ def test_training_rows_of_class_folders_are_mixed_and_keep_their_labels(tmp_path
     again = load_images(tmp_path, TOY, "train")
     assert np.array_equal(images.pixels, again.pixels)
     assert np.array_equal(images.labels, again.labels)
+
+
+def test_held_out_labels_count_in_the_names_of_the_training_images() -> None:
+    held_out = Images(np.zeros((3, 1, 1, 3), np.uint8), np.array([1, 0, 1]), ("dark", "red"))
+    matched = held_out.relabelled(("dark", "light", "red"))
+    assert (matched.labels.tolist(), matched.names) == ([2, 0, 2], ("dark", "light", "red"))
+    with pytest.raises(DimmixError, match="classes that the training images lack: red"):
+        held_out.relabelled(("dark", "light"))
 
 
 def test_the_folder_of_the_shards_will_do(toy: Path) -> None:
