@@ -29,9 +29,9 @@ class Card:
     """What a checkpoint is, how it was trained and what it reached on the held-out split.
 
     `size` is in bytes, `dtype` a torch name (`"float32"`), `macs` multiply-accumulates for one image, `input_size`
-    `(C, H, W)`; `top1`, `top5` and `per_class_accuracy` are in percent, `nll` in nats, `ece` a fraction;
-    `papers` are arXiv ids. `model_args` are the keyword arguments in which the model differs from its architecture's
-    own; the bundled ones have none.
+    `(C, H, W)`; `top1`, `top5` and `per_class_accuracy` are in percent, the last None for a class without images, `nll`
+    in nats, `ece` a fraction; `papers` are arXiv ids. `model_args` are the keyword arguments in which the model differs
+    from its architecture's own; the bundled ones have none.
     """
 
     architecture: str
@@ -55,7 +55,7 @@ class Card:
     top5: float
     nll: float
     ece: float
-    per_class_accuracy: tuple[float, ...]
+    per_class_accuracy: tuple[float | None, ...]
     seed: int
     epochs: int
     teacher: str | None
@@ -137,8 +137,8 @@ class Card:
         card = cls(**values)
         if not re.fullmatch(r"[0-9a-f]{64}", card.sha256):
             raise CheckpointError(f"the card {path}: sha256 {card.sha256!r} is not 64 lower-case hexadecimal digits")
-        if Path(card.file).name != card.file:
-            raise CheckpointError(f"the card {path}: file {card.file!r} must be a plain name beside the card")
+        if Path(card.file).name != card.file or not card.file.endswith(".safetensors"):
+            raise CheckpointError(f"the card {path}: file {card.file!r} must be a .safetensors file beside the card")
         if held := NOT_MODEL_ARGS & card.model_args.keys():
             raise CheckpointError(f"the card {path}: model_args must not hold {min(held)!r}")
         return card

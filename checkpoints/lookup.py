@@ -61,7 +61,7 @@ def _choose_weights(folder: Path, filename: str) -> Path:
     """The file `filename` of a folder, else its only safetensors file, else a pickle for the caller to refuse."""
     if (folder / filename).is_file():
         return folder / filename
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))  # half-written ones
     if len(found) == 1:
         return found[0]
     if found:

@@ -164,8 +164,9 @@ def _best_first(found: list[Card]) -> list[Card]:
     for card in sorted(found, key=lambda card: card.top1):
         sparse[card.dataset, dense_twin(card.architecture)] = card.top1
 
-    def key(card: Card) -> tuple[str, float, str]:
-        return card.dataset, -sparse.get((card.dataset, card.architecture), card.top1), card.architecture
+    def key(card: Card) -> tuple[str, float, bool, str]:
+        name = card.dataset, card.architecture
+        return card.dataset, -sparse.get(name, card.top1), name in sparse, card.architecture
 
     return sorted(found, key=key)
 
@@ -211,7 +212,10 @@ def _model_card(found: list[Card]) -> str:
     )
     classes = "\n".join(
         f"- `{card.name}`: "
-        + ", ".join(f"{label} {value:.1f}" for label, value in zip(card.labels, card.per_class_accuracy, strict=True))
+        + ", ".join(
+            f"{label} {'-' if value is None else f'{value:.1f}'}"
+            for label, value in zip(card.labels, card.per_class_accuracy, strict=True)
+        )
         for card in found
     )
     return MODEL_CARD.format(

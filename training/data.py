@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dimmix.datasets import LabelledImages, open_dataset
+from dimmix.datasets import SPLITS, LabelledImages, open_dataset
 from dimmix.errors import DimmixError
 from dimmix.files import replacing
 from dimmix.images import ImageError, open_image
@@ -22,27 +22,39 @@ ROWS_NAMED = 10
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels` (N, H, W, 3) uint8, `labels` (N,) int64, `names` the class names in label order."""
+    """`pixels` (N, H, W, 3) uint8, `labels` (N,) int64, `names` the class names in label order, `split` their split."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: slice) -> "Images":
-        return Images(self.pixels[rows], self.labels[rows], self.names)
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digits that change with any pixel or label."""
+        return hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
 
     def relabelled(self, names: tuple[str, ...]) -> "Images":
         """The same with labels that count in `names`: a held-out folder may lack classes that were learnt.
 
-        Raises DimmixError for a class that is not in `names`.
+        Raises DimmixError for a class that is not in `names`, and for two of one name.
         """
+        if self.names == names:
+            return self
+        if len(set(names)) < len(names):
+            raise DimmixError(
+                "the held-out images have other classes than the training images, two of them of one name"
+            )
         if unknown := [name for name in self.names if name not in names]:
             raise DimmixError(f"the held-out images are of classes that the training images lack: {', '.join(unknown)}")
         numbers = np.array([names.index(name) for name in self.names], np.int64)
-        return Images(self.pixels, numbers[self.labels], names)
+        return replace(self, labels=numbers[self.labels], names=names)
 
 
 def load_images(root: Path, data: Data, split: str | None, cache: Path | None = None) -> Images:
@@ -56,7 +68,7 @@ def load_images(root: Path, data: Data, split: str | None, cache: Path | None = 
     """
     folder = root / data.name if (root / data.name).is_dir() else root
     dataset = open_dataset(str(folder), split=split, label_column=data.label or None)
-    if split is None and dataset.split == "train":
+    if split is None and dataset.split not in SPLITS:
         raise DimmixError(f"{folder}: no split is held out; there must be a test split to evaluate on")
     stored = cache / f"{data.name}-{dataset.split}-{_key(folder, data, dataset)}" if cache else None
     arrays = _read_cache(stored) if stored else None
@@ -65,7 +77,7 @@ def load_images(root: Path, data: Data, split: str | None, cache: Path | None = 
         if stored:
             _write_cache(stored, arrays)
     names = dataset.labels or tuple(map(str, range(int(arrays[1].max()) + 1)))
-    images = Images(*arrays, names)
+    images = Images(*arrays, names, dataset.split)
     return _mixed(images) if dataset.split == "train" else images
 
 
@@ -74,7 +86,7 @@ def _mixed(images: Images) -> Images:
     if (np.diff(images.labels) < 0).any():
         return images
     order = np.random.default_rng(0).permutation(len(images))
-    return Images(images.pixels[order], images.labels[order], images.names)
+    return replace(images, pixels=images.pixels[order], labels=images.labels[order])
 
 
 def _decode(dataset: LabelledImages, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

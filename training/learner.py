@@ -50,7 +50,9 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        return self.optimizers[0].param_groups[0]["lr"]
+        """The recipe's learning rate at the last step, without the factor of block weights."""
+        group = self.optimizers[0].param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
     def update(self, x: Tensor, target: Tensor, step: int, taught: Tensor | None = None) -> Tensor:
         """One step on images x (B, 3, H, W) and labels (B,) or probabilities (B, classes); the loss, a scalar.
@@ -140,6 +142,8 @@ def predict(
 
 
 def build_model(model: Model, classes: int, path: object) -> nn.Module:
+    if not str(model.args.get("checkpoint_path", ".safetensors")).endswith(".safetensors"):
+        raise DimmixError(f"{path}: model.args.checkpoint_path must be a .safetensors file", exit_code=2)
     try:
         return timm.create_model(model.name, num_classes=classes, **model.args)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
@@ -168,4 +172,4 @@ def knows_every_row(recipe: Recipe) -> bool:
     if not path.is_file():
         return False
     card = Card.read(path)
-    return card.dataset == recipe.data.name and card.split == "test"
+    return card.dataset == recipe.data.name and card.split != "val"

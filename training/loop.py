@@ -94,6 +94,8 @@ class Run:
                 f"{recipe.path}: train.batch_size = {batch_size} must be a multiple of the {processes.count} processes "
                 f"and at most the {len(training)} training images"
             )
+        self.held_out_split = held_out.split if options.split == "full" else "val"
+        self.digest = training.digest
         self.steps_per_epoch = len(training) // batch_size
         self.steps = recipe.schedule.epochs * self.steps_per_epoch
         self.batches = Batches(training, recipe.augment, data.mean, data.std, processes.device)
@@ -128,14 +130,13 @@ class Run:
                 strong = epoch < strong_epochs
                 x, target = self.batches.augmented(rows.to(learner.device), strong)
                 taught = self.lessons.logits(f"{view}" + "-plain" * (not strong), at, x) if self.lessons else None
+                if self.lessons:
+                    self._seed(self.steps + position.step)  # a view comes again, but not what dropout leaves out of it
                 loss = learner.update(x, target, position.step, taught).item()
                 late = time.monotonic() - started > 60 * self.options.max_minutes
                 loss, stop = self.processes.agree(loss, late or bool(signals))
                 if not math.isfinite(loss):
-                    raise DimmixError(
-                        f"{self.recipe.path}: the loss is {loss} at epoch {epoch + 1}, step {at + 1} of it; "
-                        f"{self.options.folder / STATE} keeps the last good state; lower optimizer.lr, or clip_grad"
-                    )
+                    raise self._diverged(f"the loss is {loss}")
                 position.step += 1
                 position.loss += loss
                 position.seconds += time.monotonic() - begun
@@ -158,7 +159,7 @@ class Run:
             return Card.read(self.card)
         facts = {
             "architecture": self.learner.architecture,
-            "split": "test" if self.options.split == "full" else "val",
+            "split": self.held_out_split,
             "images": len(self.held_out),
             "command": self.options.command,
             "commit": self.commit,
@@ -182,8 +183,26 @@ class Run:
     def images_per_second(self) -> float:
         return self.position.step * self.recipe.train.batch_size / max(self.position.seconds, 1e-9)
 
+    def _diverged(self, what: str) -> DimmixError:
+        epoch, at = divmod(self.position.step, self.steps_per_epoch)
+        state = self.options.folder / STATE
+        kept = f"{state} keeps the last good state" if state.exists() else "no state was saved yet"
+        return DimmixError(
+            f"{self.recipe.path}: {what} at epoch {epoch + 1}, step {at + 1} of it; {kept}; "
+            "lower optimizer.lr, or set optimizer.clip_grad"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the last step left, to be saved. Raises DimmixError where that is not finite: a loss shows it late."""
+        tensors = self.learner.tensors()
+        if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
+            self.position.step -= 1  # the step that did it
+            raise self._diverged("weights are not finite")
+        return tensors
+
     def _end_epoch(self, epochs: int) -> None:
         if not self.processes.rank:
+            self._tensors()
             record: dict[str, Any] = {
                 "epoch": epochs,
                 "loss": self.position.loss / self.steps_per_epoch,
@@ -239,9 +258,10 @@ class Run:
                 "recipe": self.recipe.to_json(),
                 "split": self.options.split,
                 "commit": self.commit,
+                "data": self.digest,
                 "position": vars(self.position),
             }
-            write_state(self.options.folder / STATE, self.learner.tensors(), facts)
+            write_state(self.options.folder / STATE, self._tensors(), facts)
 
     def _resume(self) -> Position:
         """The position that the folder's state holds, loaded into the learner; the start when there is none."""
@@ -260,6 +280,10 @@ class Run:
         if changed := _differences(saved, self.recipe.to_json() | {"split": self.options.split}):
             raise DimmixError(
                 f"{path} is of another recipe: {'; '.join(changed)}; put that back, choose another --name, or --restart"
+            )
+        if facts.get("data", self.digest) != self.digest:
+            raise DimmixError(
+                f"{path} is of other training images; put those back, choose another --name, or --restart"
             )
         self.learner.load_tensors(tensors)
         self.commit = facts.get("commit", self.commit)  # what the run began with

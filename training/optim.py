@@ -1,6 +1,5 @@
 """Optimisers and learning-rate schedules of a recipe: parameter groups, Muon for block matrices, timm's schedulers."""
 
-import math
 from typing import Any, TypeGuard
 
 import torch
@@ -9,7 +8,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from dimmix.layers import BlockLinear
+from dimmix.layers import BlockLinear, ButterflyLinear, ButterflyMlp
 
 from .recipe import Optimizer, Schedule
 
@@ -80,7 +79,7 @@ def parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]
     """
     undecayed = set(getattr(model, "no_weight_decay", set)())
     matrices = _hidden_matrices(model) if recipe.name == "muon" else {}
-    scales = {id(layer.weight): _block_lr_scale(layer, recipe) for layer in model.modules() if _is_block_linear(layer)}
+    scales = _block_lr_scales(model, recipe)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -100,12 +99,18 @@ def _is_block_linear(module: nn.Module) -> TypeGuard[BlockLinear]:
     return isinstance(module, BlockLinear)
 
 
-def _block_lr_scale(layer: BlockLinear, recipe: Optimizer) -> float:
+def _block_lr_scales(model: nn.Module, recipe: Optimizer) -> dict[int, float]:
+    """The factor on the learning rate of each block-diagonal weight."""
+    layers = [layer for layer in model.modules() if _is_block_linear(layer)]
     if recipe.block_lr_mult != "auto":
-        return recipe.block_lr_mult
-    blocks, _, radix = layer.weight.shape
-    factors = math.ceil(math.log(blocks * radix) / math.log(radix) - 1e-9) if radix > 1 else 1
-    return blocks / max(1, factors)  # d_in_dense / (d_in_block * n_factors), d_in_dense = blocks * radix
+        return {id(layer.weight): recipe.block_lr_mult for layer in layers}
+    factors = dict.fromkeys((id(layer.weight) for layer in layers), 1)
+    for whole in model.modules():
+        if isinstance(whole, ButterflyLinear | ButterflyMlp):
+            levels = whole.factors if isinstance(whole, ButterflyLinear) else whole.levels
+            factors |= {id(layer.weight): len(levels) for layer in levels.modules() if _is_block_linear(layer)}
+    # d_in_dense / (d_in_block * n_factors), where d_in_dense = blocks * d_in_block
+    return {id(layer.weight): layer.weight.shape[0] / factors[id(layer.weight)] for layer in layers}
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:

@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import math
 import tomllib
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -50,7 +52,9 @@ class Optimizer:
     momentum: float = 0.9  # SGD (Nesterov) and Muon
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW, and what Muon leaves to it
     adamw_lr: float = 1e-3  # of what Muon leaves to AdamW: vectors, first and last layer
-    block_lr_mult: float | Literal["auto"] = 1.0  # of block factors; "auto": d_in_dense / (d_in_block * n_factors)
+    block_lr_mult: float | Literal["auto"] = (
+        1.0  # of linear block factors; "auto": d_in_dense / (d_in_block * n_factors)
+    )
     clip_grad: float = 0.0  # largest norm of the gradient; 0: no clipping
 
 
@@ -140,6 +144,23 @@ class Recipe:
         return json.loads(json.dumps(tables))
 
 
+Allowed = tuple[Callable[[float], bool], str]
+_AT_LEAST_1: Allowed = (lambda value: value >= 1, "at least 1")
+_AT_MOST_1: Allowed = (lambda value: value <= 1, "at most 1")
+_BELOW_1: Allowed = (lambda value: value < 1, "less than 1")
+_ABOVE_0: Allowed = (lambda value: value > 0, "more than 0")
+
+RANGES: dict[str, Allowed] = {
+    **dict.fromkeys(("schedule.epochs", "train.batch_size", "data.image_size"), _AT_LEAST_1),
+    **dict.fromkeys(("loss.label_smoothing", "teacher.alpha", "schedule.final_lr"), _AT_MOST_1),
+    **dict.fromkeys(("augment.cutout_probability", "augment.mix_probability"), _AT_MOST_1),
+    **dict.fromkeys(("optimizer.momentum", "optimizer.betas", "train.ema_decay"), _BELOW_1),
+    **dict.fromkeys(("optimizer.block_lr_mult", "teacher.temperature", "data.std"), _ABOVE_0),
+    "train.seed": (lambda value: value < 2**40, "less than 2^40"),
+}
+"""What a number must be beside not negative, which all are."""
+
+
 def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe in the TOML file `path`, with `overrides` such as `"optimizer.lr=0.2"` applied.
 
@@ -158,13 +179,27 @@ def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def parse_recipe(tables: dict[str, Any], path: Path) -> Recipe:
     """As `read_recipe`, from tables already parsed; `path` is named in errors."""
+    if "path" in tables:
+        raise DimmixError(f"{path}: unknown key path", exit_code=2)
     recipe = _table(Recipe, tables | {"path": path}, path, "")
-    for table, key in (("schedule", "epochs"), ("train", "batch_size"), ("data", "image_size")):
-        if getattr(getattr(recipe, table), key) < 1:
-            raise DimmixError(f"{path}: {table}.{key} must be at least 1", exit_code=2)
-    for key in ("mean", "std"):
-        if len(getattr(recipe.data, key)) != 3:
-            raise DimmixError(f"{path}: data.{key} must have 3 numbers, one a colour channel", exit_code=2)
+    for key, (allowed, words) in RANGES.items():
+        table, name = key.split(".")
+        value = getattr(getattr(recipe, table), name, None)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(allowed(number) for number in numbers if isinstance(number, int | float)):
+            raise DimmixError(f"{path}: {key} = {value!r} is not allowed; it must be {words}", exit_code=2)
+    for key, count in (("data.mean", 3), ("data.std", 3), ("optimizer.betas", 2)):
+        table, name = key.split(".")
+        if len(getattr(getattr(recipe, table), name)) != count:
+            raise DimmixError(f"{path}: {key} must have {count} numbers", exit_code=2)
+    if max(recipe.schedule.warmup_epochs, recipe.augment.plain_epochs) > recipe.schedule.epochs:
+        raise DimmixError(
+            f"{path}: schedule.warmup_epochs and augment.plain_epochs must be at most schedule.epochs, "
+            f"{recipe.schedule.epochs}",
+            exit_code=2,
+        )
+    if recipe.augment.crop_fill == "reflect" and recipe.augment.crop >= recipe.data.image_size:
+        raise DimmixError(f'{path}: augment.crop must be less than data.image_size, or crop_fill = "zero"', exit_code=2)
     return recipe
 
 
@@ -212,7 +247,7 @@ def _value(hint: Any, value: Any, path: Path, key: str) -> Any:
             return value
         if option is type(None) and value is None:
             return None
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
             return float(value)
         if option is int and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value

@@ -46,6 +46,7 @@ def test_files_and_folders(tmp_path):
 
 def test_the_only_safetensors_file_of_a_folder_will_do_but_of_two_none_is_guessed(tmp_path):
     (tmp_path / "ema.safetensors").write_bytes(weights())
+    (tmp_path / ".ema.k3x9.safetensors").write_bytes(weights()[:9])  # what a killed writer leaves
     assert find(tmp_path).name == "ema.safetensors"
     (tmp_path / "other.safetensors").write_bytes(weights())
     with pytest.raises(CheckpointError, match="holds several safetensors files"):

@@ -41,6 +41,6 @@ def train_toy(tmp_path: Path, toy: Path, recipe_file: Callable[..., Path]) -> Ca
 
     def run(*overrides: str, name: str = "run", **options: Any) -> Any:
         recipe = read_recipe(recipe_file(), overrides)
-        return train(recipe, Options(folder=tmp_path / "runs" / name, data=toy, **options))
+        return train(recipe, Options(**{"folder": tmp_path / "runs" / name, "data": toy} | options))
 
     return run

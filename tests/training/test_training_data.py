@@ -43,6 +43,10 @@ def test_held_out_labels_count_in_the_names_of_the_training_images() -> None:
     assert (matched.labels.tolist(), matched.names) == ([2, 0, 2], ("dark", "light", "red"))
     with pytest.raises(DimmixError, match="classes that the training images lack: red"):
         held_out.relabelled(("dark", "light"))
+    cranes = Images(held_out.pixels, np.array([0, 2, 1]), ("crane", "light", "crane"))  # as in ImageNet
+    assert cranes.relabelled(cranes.names).labels.tolist() == [0, 2, 1]
+    with pytest.raises(DimmixError, match="two of them of one name"):
+        held_out.relabelled(cranes.names)
 
 
 def test_the_folder_of_the_shards_will_do(toy: Path) -> None:

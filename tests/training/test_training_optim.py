@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from dimmix.layers import BlockLinear, ButterflyLinear
+from dimmix.layers import BlockLinear, ButterflyLinear, ButterflyMlp
 from dimmix.training.optim import Muon, build_optimizers, build_schedulers, parameter_groups
 from dimmix.training.recipe import Optimizer, Schedule
 
@@ -47,6 +47,10 @@ def test_block_factors_take_larger_steps_and_are_decayed_as_much() -> None:
         assert groups[factor]["lr_scale"] == 64 / (8 * 2)
         assert groups[factor]["lr_scale"] * groups[factor]["weight_decay"] == pytest.approx(0.08)
     assert groups["hidden.weight"]["lr_scale"] == 1
+    wide = groups_by_name(ButterflyLinear(64, 128, 8), Optimizer("adamw", 0.1, block_lr_mult="auto"))
+    assert [wide[f"factors.{i}.linear.weight"]["lr_scale"] for i in (0, 1)] == [8 / 2, 16 / 2]
+    mlp = groups_by_name(ButterflyMlp(256, 4, 2), Optimizer("adamw", 0.1, block_lr_mult="auto"))
+    assert {group["lr_scale"] for name, group in mlp.items() if "weight" in name} == {64 / 4}
     groups = groups_by_name(Toy(), Optimizer("adamw", 0.1, block_lr_mult=3.0))
     assert groups["mix.factors.0.linear.weight"]["lr_scale"] == 3
 

@@ -1,0 +1,107 @@
+"""What a run refuses: weights that are not finite, data that changed, images to test on that it learnt from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from toy_data import encode, toy_pixels, write_shard
+
+from dimmix.errors import DimmixError
+from dimmix.training import loop
+from dimmix.training.learner import Learner
+from dimmix.training.report import measure
+from dimmix.training.state import read_state
+
+Train = Callable[..., Any]
+
+
+def break_weights(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The update of `step` has a finite loss and leaves a weight that is not a number."""
+    update = Learner.update
+
+    def broken(self: Learner, x: torch.Tensor, target: torch.Tensor, at: int, taught: None) -> torch.Tensor:
+        loss = update(self, x, target, at)
+        if at == step:
+            self.parameters[0].data.view(-1)[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Learner, "update", broken)
+
+
+@pytest.mark.parametrize("split", ["val", "full"])
+def test_weights_that_are_not_finite_never_replace_the_last_good_state(
+    train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    steps = {"val": 4, "full": 5}[split]
+    break_weights(monkeypatch, 2 * steps - 1)
+    with pytest.raises(DimmixError, match=rf"not finite at epoch 2, step {steps} of it; .*state\.safetensors keeps"):
+        train_toy(split=split)
+    tensors, facts = read_state(tmp_path / "runs" / "run" / loop.STATE)
+    assert facts["position"]["step"] == steps
+    assert all(value.isfinite().all() for value in tensors.values())
+    assert not list((tmp_path / "runs" / "run").glob("*.json"))
+
+
+def test_without_a_state_none_is_promised(train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_weights(monkeypatch, 4)
+    with pytest.raises(DimmixError, match=r"not finite at epoch 1, step 5 of it; no state was saved yet; lower"):
+        train_toy()
+    assert not (tmp_path / "runs" / "run" / loop.STATE).exists()
+
+
+def test_a_run_does_not_go_on_with_other_training_images(train_toy: Train, toy: Path) -> None:
+    assert train_toy(max_minutes=0.0) is None
+    pixels, labels = toy_pixels(15, 7)
+    write_shard(toy / "toy" / "train-00001-of-2.parquet", [encode(image) for image in pixels], labels)
+    with pytest.raises(DimmixError, match=r"state\.safetensors is of other training images; .* --restart"):
+        train_toy()
+    assert train_toy(restart=True).epochs == 2
+
+
+def test_a_file_of_no_named_split_is_not_learnt_from_and_tested_on(train_toy: Train, toy: Path) -> None:
+    (toy / "toy" / "train-00000-of-2.parquet").rename(toy / "images.parquet")
+    with pytest.raises(DimmixError, match="no split is held out"):
+        train_toy(data=toy / "images.parquet")
+
+
+def test_the_card_names_the_split_that_was_measured(train_toy: Train, toy: Path) -> None:
+    (shard,) = (toy / "toy").glob("test-*")
+    shard.rename(shard.with_name(shard.name.replace("test", "validation")))
+    assert train_toy().split == "validation"
+
+
+def test_a_view_that_comes_again_is_seen_through_other_dropout(
+    train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_training_loop import teacher_of
+
+    draws, seen, update = [], [], Learner.update
+
+    def recorded(self: Learner, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x.sum().item())
+        draws.append(torch.rand(()).item())
+        return update(self, x, *rest)
+
+    monkeypatch.setattr(Learner, "update", recorded)
+    train_toy(*teacher_of(tmp_path), "teacher.views=1", "schedule.epochs=3")
+    assert len(set(draws)) == len(draws) == 15
+    assert len(set(seen)) == 5
+
+
+def test_accuracy_of_classes_is_by_number_and_none_without_images() -> None:
+    logits, labels = torch.eye(4)[[0, 2, 0, 1]], torch.tensor([0, 2, 2, 1])
+    measured = measure(logits, labels, ("crane", "other", "crane", "absent"))
+    assert measured["per_class_accuracy"] == (100.0, 100.0, 50.0, None)
+
+
+def test_weights_to_start_from_are_safetensors(train_toy: Train, tmp_path: Path) -> None:
+    for name in ("start.pth", "start.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DimmixError, match=r"checkpoint_path must be a \.safetensors file"):
+        train_toy(f"model.args.checkpoint_path={tmp_path / 'start.pth'}")
+    save_file({"other": torch.zeros(1)}, tmp_path / "start.safetensors")
+    with pytest.raises(DimmixError, match="cannot make model"):
+        train_toy(f"model.args.checkpoint_path={tmp_path / 'start.safetensors'}")
