@@ -1,8 +1,9 @@
 """Fetching from the Hugging Face Hub. huggingface_hub does the work, so its HF_* settings all apply."""
 
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,10 +41,23 @@ def fetch(
         if known is not None and file_sha256(known) == sha256:
             verify(known, dtype=dtype)
             return known
+
+    def check(path: Path) -> None:
+        if sha256 is None:
+            _check_stated(path)
+        verify(path, sha256=sha256, dtype=dtype)
+
+    return _download_checked(repository, filename, revision, cache_dir, check)
+
+
+def _download_checked(
+    repository: str, filename: str, revision: str | None, cache_dir: str | Path | None, check: Callable[[Path], None]
+) -> Path:
+    """A file that passes `check`, which raises DamagedError; one that does not is downloaded once more."""
     first = None
     try:
         first = _download(repository, filename, revision, cache_dir)
-        verify(first, sha256=sha256 or _stated_sha256(first), dtype=dtype)
+        check(first)
         return first
     except DamagedError as error:
         damage = error
@@ -54,7 +68,7 @@ def fetch(
     if first not in (None, second):
         _drop_if_damaged(first)
     try:
-        verify(second, sha256=sha256 or _stated_sha256(second), dtype=dtype)
+        check(second)
     except DamagedError as error:
         _drop_if_damaged(second)
         raise CheckpointError(f"hf-hub:{repository}, downloaded twice: {error}") from error
@@ -67,7 +81,7 @@ def fetch_config(repository: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is none, or it cannot be had.
     """
-    return _download(repository, "config.json", revision, None)
+    return _download_checked(repository, "config.json", revision, None, _check_stated)
 
 
 def cached(
@@ -153,16 +167,39 @@ def _missing(repository: str, filename: str, revision: str | None) -> str:
     return f"hf-hub:{repository} holds no {filename}"
 
 
-def _stated_sha256(path: Path) -> str | None:
-    """The digest the Hub stated for a cached file: its blob is named by it, where the cache uses links."""
+def _stated_digest(path: Path) -> str | None:
+    """The digest the Hub stated for a cached file: its blob is named by it, where the cache uses links.
+
+    Of a large file it is the sha256, of another one the sha1 that git gives a blob.
+    """
     stated = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-    return stated if len(stated) == 64 else None
+    return stated if len(stated) in (40, 64) else None
+
+
+def _check_stated(path: Path) -> None:
+    stated = _stated_digest(path)
+    if stated is None:
+        return
+    found = file_sha256(path) if len(stated) == 64 else _git_sha1(path)
+    if found != stated:
+        kind = "sha256" if len(stated) == 64 else "git sha1"
+        raise DamagedError(f"{path} is damaged: its {kind} is {found}, expected {stated}")
+
+
+def _git_sha1(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _drop_if_damaged(path: Path) -> None:
     """Take a download out of the cache that is not what its own name says, so that no one else uses it."""
-    stated = _stated_sha256(path)
-    if stated is not None and path.exists() and file_sha256(path) != stated:
+    try:
+        if path.exists():
+            _check_stated(path)
+    except DamagedError:
         (path.parent / os.readlink(path)).unlink()
         path.unlink()
 

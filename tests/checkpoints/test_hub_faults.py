@@ -10,6 +10,7 @@ import pytest
 from toy_checkpoint import weights
 
 from dimmix.checkpoints import CheckpointError, find
+from dimmix.checkpoints.hub import fetch_config
 from tests.hub_server import cut, flip_bit, replace, shorten, stall, with_status
 
 NAME = "someone/toy"
@@ -138,6 +139,20 @@ def test_a_flipped_bit_every_time_shows_both_digests(toy):
     bad = sha256(GOOD[:-1] + bytes([GOOD[-1] ^ 1]))
     fails_with(rf"downloaded twice: .* its sha256 is {bad}, expected {sha256(GOOD)}")
     recovers(toy)
+
+
+def test_a_flipped_bit_of_a_small_file_is_downloaded_again_and_never_kept(toy):
+    config = b'{"num_classes": 10}'
+    toy.publish(NAME, {"config.json": config})
+    toy.fail("GET", "config.json", flip_bit)
+    assert fetch_config(NAME).read_bytes() == config
+    toy.publish(NAME, {"config.json": config + b"\n"})
+    toy.fail("GET", "config.json", flip_bit, times=2)
+    with pytest.raises(CheckpointError, match=r"downloaded twice: .*git sha1 is .*, expected") as caught:
+        fetch_config(NAME)
+    assert "\n" not in str(caught.value)
+    assert len(toy.seen("GET", "config.json")) == 4
+    assert fetch_config(NAME).read_bytes() == config + b"\n"
 
 
 def test_an_etag_that_changed_between_head_and_get(toy):
