@@ -29,7 +29,11 @@ def find(
     if repository is not None:
         return fetch(repository, revision=pinned or revision, filename=filename, cache_dir=cache_dir)
     if text.startswith(LOCAL_PREFIX) or isinstance(name, Path) or _looks_like_path(text):
-        return _find_local(Path(text.removeprefix(LOCAL_PREFIX)).expanduser(), filename)
+        path = Path(text.removeprefix(LOCAL_PREFIX))
+        try:
+            return _find_local(path.expanduser(), filename)
+        except RuntimeError as error:  # ~name of nobody here
+            raise CheckpointError(f"{path}: {error}") from None
     return _find_named(text, revision, cache_dir)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dimmix.errors import DimmixError
+from dimmix.files import refuse_same
 
 from .options import Format, ImageColumnOption, LabelColumnOption, Run, SplitOption, with_run_options
 from .progress import ProgressBar
@@ -58,12 +59,17 @@ def evaluate(
     from dimmix.datasets import open_dataset
     from dimmix.evaluation import evaluate as measure
 
+    if report is not None:
+        _make_folder(report)
+    shards = Path(data).glob("**/*.parquet") if Path(data).is_dir() else ()
+    refuse_same({"--output": run.output, "--predictions": predictions}, [data, *shards, run.checkpoint, run.model])
     dataset = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
     classifier = run.classifier()
     if check and not classifier.runtime.spec.card:
         raise DimmixError(f"--check: {classifier.name} has no card to check against", exit_code=2)
     progress = ProgressBar("images", dataset.length, quiet=run.quiet)
     with ExitStack() as stack:
+        sink = stack.enter_context(Sink(run.format, run.output, single=True))
         write = _answer_writer(stack, predictions, classifier)
         result = measure(
             classifier,
@@ -73,9 +79,9 @@ def evaluate(
             on_answer=write,
             track=progress.track,
         )
-    for error in result.errors:
-        note(str(error))
-    with Sink(run.format, run.output, single=True, title=f"{result.model} on {result.data}") as sink:
+        for error in result.errors:
+            note(str(error))
+        sink.title = f"{result.model} on {result.data}"
         classes = {f"accuracy of {name}": accuracy for name, accuracy in result.per_class_accuracy.items()}
         sink.write(result.record() | (classes if sink.format is Format.table else {}))
     if report is not None:
@@ -86,6 +92,13 @@ def evaluate(
         _check(result, classifier)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DimmixError(f"--report {path}: {error.strerror}", exit_code=2) from error
 
 
 def _answer_writer(stack: ExitStack, path: Path | None, classifier: "Classifier") -> "Callable[[Answer], None]":

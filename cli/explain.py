@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dimmix.files import refuse_same
+
 from .options import CheckpointOption, Device, DeviceOption, Format, FormatOption, ModelOption, QuietOption
 from .sink import Sink, note
 
@@ -31,8 +33,9 @@ def explain(
     from dimmix.explain import draw
     from dimmix.explain import explain as run
 
-    explanation = run(Classifier(model, device, checkpoint), image)
     path = output or Path(f"{Path(image).stem}.explained.png")
+    refuse_same({"--output": path}, [image, checkpoint, model])
+    explanation = run(Classifier(model, device, checkpoint), image)
     draw(explanation, path)
     best = explanation.prediction
     with Sink(format) as sink:

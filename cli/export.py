@@ -1,5 +1,6 @@
 """`dimmix export`: a model to a file that runs elsewhere, verified before it gets its name."""
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dimmix.errors import DimmixError
+from dimmix.files import refuse_same
 
 from .options import (
     CheckpointOption,
@@ -75,6 +77,9 @@ def export(
     """
     if int8 and (to is not Kind.onnx or data is None):
         raise DimmixError("--int8 goes with --to onnx and --data, images to calibrate on", exit_code=2)
+    if atol is not None and not math.isfinite(atol):
+        raise DimmixError(f"--atol {atol}: needs a finite number", exit_code=2)
+    refuse_same({"--output": output}, [checkpoint, model, data])
     if data is None and (split or image_column or label_column):
         raise DimmixError("--split, --image-column and --label-column go with --data", exit_code=2)
     import logging
@@ -141,13 +146,21 @@ def _some_images(spec: "Spec", dataset: "LabelledImages | None", start: int = 0)
 
     import numpy as np
 
-    from dimmix.images import sample_images
+    from dimmix.images import ImageError, sample_images
     from dimmix.preprocess import crop_image
 
-    found: Any = sample_images() if dataset is None else (sample.image for sample in dataset)
+    found: Any = (
+        ((image, "") for image in sample_images()) if dataset is None else ((s.image, s.source) for s in dataset)
+    )
     images = list(itertools.islice(found, start, start + 16))
     if not images:
         raise DimmixError(f"--data {dataset.name if dataset else ''}: no images in it", exit_code=2)
     while len(images) < 7:
         images += images
-    return np.stack([spec.preprocess.normalize(crop_image(image, spec.preprocess)) for image in images])
+    rows = []
+    for image, source in images:
+        try:
+            rows.append(spec.preprocess.normalize(crop_image(image, spec.preprocess)))
+        except ImageError as error:
+            raise ImageError(source or error.source, error.reason) from error
+    return np.stack(rows)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import typer
 
 from dimmix import __version__
 from dimmix.allocator import keep_freed_memory
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, Interrupted, first_line
 
 from .sink import note
 
@@ -68,7 +69,7 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt as error:
             _say("interrupted", error)
-            raise typer.Exit(130) from None
+            raise typer.Exit(getattr(error, "exit_code", 130)) from None
         except DimmixError as error:
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
@@ -80,6 +81,13 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
             _say(f"{error.filename or 'output'}: {error.strerror or error}", error)
+            raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:  # nobody foresaw it, and it is one line all the same
+            if os.environ.get("DIMMIX_DEBUG") == "1":
+                raise
+            _say(f"unexpected {type(error).__name__}: {first_line(error)}; DIMMIX_DEBUG=1 shows where", error)
             raise typer.Exit(1) from None
 
     return run
@@ -97,11 +105,18 @@ for module_name, function_name in COMMANDS.items():
 
 
 def main() -> None:
-    """The console script: usage errors exit with 2, failed inputs with 1, Ctrl-C with 130."""
+    """The console script: usage errors exit with 2, failed inputs with 1, Ctrl-C with 130, SIGTERM with 143."""
     if os.environ.get("DIMMIX_DEBUG") != "1":
         warnings.simplefilter("ignore")
     keep_freed_memory()
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, _interrupt)
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", 130))
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise Interrupted(number)

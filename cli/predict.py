@@ -1,5 +1,6 @@
 """`dimmix predict`: the likeliest classes of each image, or its embedding."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dimmix.errors import DimmixError
+from dimmix.files import refuse_same
 
 from .options import Run, with_run_options
 from .progress import ProgressBar
@@ -58,6 +60,9 @@ def predict(
     """
     if embeddings is not None and (labels or threshold or topk != TOPK):
         raise DimmixError("--embeddings has no classes: leave --topk, --threshold and --labels out", exit_code=2)
+    listed = [source.removeprefix("@") for source in sources]
+    outputs = {"--output": run.output, "--embeddings": embeddings}
+    refuse_same(outputs, [*sources, *listed, labels, run.checkpoint, run.model])
     classifier = run.classifier()
     if labels is not None:
         classifier.labels = _read_labels(labels, len(classifier.labels))
@@ -66,7 +71,7 @@ def predict(
         import threading
 
         threading.Thread(target=_count, args=(sources, progress), daemon=True).start()
-    images = _images(sources)
+    images = _images(sources, {os.path.realpath(path) for path in outputs.values() if path is not None})
     options: dict[str, Any] = {"batch_size": run.batch_size, "workers": run.workers}
     failed = 0
     with ExitStack() as stack:
@@ -129,14 +134,18 @@ class _Stdin(bytes):
     filename = "-"
 
 
-def _images(sources: list[str]) -> Iterator[Any]:
+def _images(sources: list[str], outputs: set[str]) -> Iterator[Any]:
+    """The images in turn. Raises DimmixError when a folder or a list brings one that is to be written over."""
     from dimmix.images import find_images
 
     for source in sources:
         if source == "-":
             yield _Stdin(sys.stdin.buffer.read())
-        else:
-            yield from find_images([source])
+            continue
+        for image in find_images([source]):
+            if isinstance(image, str) and os.path.realpath(image) in outputs:
+                raise DimmixError(f"{image}: is read, and would be written over; name another output", exit_code=2)
+            yield image
 
 
 def _count(sources: list[str], progress: ProgressBar) -> None:

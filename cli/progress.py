@@ -61,11 +61,12 @@ class ProgressBar:
     def paused(self) -> Iterator[None]:
         """Takes the bar off the terminal while something else is printed there."""
         with self._drawing:
-            if self._bar is not None:
-                self._bar.stop()
+            bar = None if self._ended else self._bar
+            if bar is not None:
+                bar.stop()
             yield
-            if self._bar is not None:
-                self._bar.start()
+            if bar is not None:
+                bar.start()
 
     def _show(self, start: float) -> None:
         bar = _new_bar(start)

@@ -40,9 +40,8 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         keep = to is not None and not dry_run
         folder = to if to is not None and keep else Path(temporary) / "repository"
-        files = write_folder(card, weights, folder, repo)
         with Sink(format, output) as sink:
-            for file in files:
+            for file in write_folder(card, weights, folder, repo):
                 sink.write({"file": str(file) if keep else file.name, "bytes": file.stat().st_size})
         if repo is None or keep or dry_run:
             return

@@ -79,8 +79,10 @@ class Sink:
         try:
             if error is None or (self.written and not isinstance(error, BrokenPipeError)):
                 self._finish()
-        finally:
-            self._stack.__exit__(kind, error, trace)
+        except BaseException as late:  # what could not be finished does not get the final name
+            self._stack.__exit__(type(late), late, late.__traceback__)
+            raise
+        self._stack.__exit__(kind, error, trace)
 
     def write(self, record: Record) -> None:
         """Write one record, at once except in a table, whose rows come a few at a time."""
@@ -138,7 +140,7 @@ class Sink:
         console = Console(file=self._file, width=None if terminal else _UNLIMITED, highlight=False)
         fits = sum(width + 3 for width in self._widths.values()) < console.width
         table = Table(box=SIMPLE_HEAD, show_header=first, show_edge=False, pad_edge=False)
-        table.title = self.title if first else None
+        table.title = Text(printable(self.title)) if first and self.title else None
         numbers = {key for row in self._rows for key, value in row.items() if isinstance(value, int | float)}
         for key, width in self._widths.items():
             side: Literal["left", "right"] = "right" if key in numbers else "left"

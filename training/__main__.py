@@ -80,6 +80,8 @@ def main() -> None:
     except DimmixError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dimmix.checkpoints import Card
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, Interrupted
 
 from .augment import Batches
 from .data import Images, load_images
@@ -65,7 +65,8 @@ def train(recipe: Recipe, options: Options) -> Card | None:
     Split "full" trains on every row and evaluates once, at the end, on the test split. Both evaluate the EMA weights,
     and at the end write them as `<architecture>.<tag>.safetensors` with their card.
 
-    Returns the card, or None when the run was stopped before its end and in processes other than the first.
+    Returns the card, or None when `max_minutes` stopped the run before its end and in processes other than the first.
+    Raises Interrupted, a KeyboardInterrupt, when a signal stopped it; its state is saved then too.
     Raises DimmixError for unusable input, for a folder that holds another run, and for a loss that is not finite.
     """
     if options.threads:
@@ -78,6 +79,8 @@ def train(recipe: Recipe, options: Options) -> Card | None:
                 return None
             if not finished:
                 run.reporter.say(f"stopped at step {run.position.step}; the same command goes on from there")
+                if run.stopped_by:
+                    raise Interrupted(run.stopped_by)
                 return None
             return run.finish()
 
@@ -103,6 +106,7 @@ class Run:
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
         self.lessons = self._lessons(training)
         self.commit = commit_of(recipe.path.parent)
+        self.stopped_by = 0  # the number of the signal that did
         self.position = self._resume()
         quiet = options.quiet or processes.rank > 0
         self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet)
@@ -146,6 +150,7 @@ class Run:
                 elif stop:
                     self._save()
                 if stop:
+                    self.stopped_by = signals[0] if signals else 0
                     return position.step == self.steps
         return True
 
@@ -271,8 +276,9 @@ class Run:
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         if self.options.restart or not path.exists():
-            if self.card.exists() and not self.options.restart:
-                raise DimmixError(f"{self.card} is of a run whose state is gone; choose another --name, or --restart")
+            for left in (self.card, folder / LOG):
+                if left.exists() and left.stat().st_size and not self.options.restart:
+                    raise DimmixError(f"{left} is of a run whose state is gone; choose another --name, or --restart")
             trim_log(folder / LOG, 0)
             return Position()
         tensors, facts = read_state(path)

@@ -20,7 +20,7 @@ def plot_curves(log: Path) -> Path:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         epochs = [record["epoch"] for record in records]
         series = {key: [record[key] for record in records] for key in ("loss", "lr", "top1") if key in records[0]}
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise DimmixError(f"{log}: no epochs to draw; train the recipe for an epoch first") from None
     names = {"loss": "training loss", "lr": "learning rate", "top1": "top-1 of held-back rows, %"}
     figure = Figure(figsize=(4 * len(series), 3.2), layout="constrained")

@@ -57,10 +57,12 @@ class Reporter:
             file.write(json.dumps(record) + "\n")
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in record.items()}
         self.epoch = f"top-1 {record['top1']:.2f} " if "top1" in record else ""
-        self.console.print("  ".join(f"{key} {value}" for key, value in shown.items()), highlight=False, soft_wrap=True)
+        self.console.print(
+            "  ".join(f"{key} {value}" for key, value in shown.items()), highlight=False, soft_wrap=True, markup=False
+        )
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def trim_log(log: Path, epochs: int) -> None:

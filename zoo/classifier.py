@@ -69,6 +69,8 @@ class Classifier:
         *,
         amp: bool = False,
     ) -> None:
+        if name == "":
+            raise DimmixError("the model's name is empty; leave it out for the default one", exit_code=2)
         self.name = name or (architecture_of(checkpoint) if checkpoint else default_model())
         self.runtime = load_runtime(self.name, device=device, checkpoint=checkpoint, amp=amp)
         self.labels = list(self.runtime.spec.labels)

@@ -85,11 +85,11 @@ def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> 
     """
     if dataset.labels is None:
         return None
-    if dataset.labels and all(label.isdigit() for label in dataset.labels):
+    if dataset.labels and all(label.isdecimal() for label in dataset.labels):
         if max(map(int, dataset.labels)) >= len(labels):
             raise _mismatch(dataset, model, labels)
         return [int(label) for label in dataset.labels]
-    if all(label.isdigit() for label in labels):
+    if all(label.isdecimal() for label in labels):
         if len(dataset.labels) != len(labels):
             raise _mismatch(dataset, model, labels)
         return None
@@ -273,6 +273,8 @@ def _from_cifar(path: Path, split: str) -> LabelledImages:
         parts = [_unpickle(files[name]) for name in batches[split]]
         pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [label for part in parts for label in part.get("fine_labels") or part["labels"]]
+    except DimmixError:
+        raise
     except Exception as error:  # what a damaged archive or pickle raises has no end
         raise DimmixError(f"{path}: not a whole CIFAR python archive ({first_line(error)})") from error
 

@@ -16,3 +16,11 @@ class DimmixError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ended the work; the exit code is 128 and its `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number

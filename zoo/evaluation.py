@@ -57,6 +57,7 @@ class Evaluation:
     _top5: int = 0
     _nll: float = 0.0
     _mistakes: list[tuple[float, int, Answer]] = field(default_factory=list)
+    _missed: int = 0
 
     def __post_init__(self) -> None:
         self.confusion = np.zeros((len(self.labels), len(self.labels)), np.int64)
@@ -86,7 +87,8 @@ class Evaluation:
         return answers
 
     def _keep_mistake(self, answer: Answer) -> None:
-        entry = (answer.score, -self.images - len(self._mistakes), answer)
+        self._missed += 1
+        entry = (answer.score, -self._missed, answer)  # of equal ones the first seen stays
         if len(self._mistakes) < _MISTAKES:
             heapq.heappush(self._mistakes, entry)
         elif entry[0] > self._mistakes[0][0]:

@@ -1,10 +1,11 @@
 """Files that carry their name only when they are whole."""
 
 import errno
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise DimmixError(f"{path}: cannot be written ({error.strerror})", exit_code=2) from error
     try:
         yield Path(name)
-        os.chmod(name, 0o755)
+        os.chmod(name, 0o777 & ~_umask())
         os.replace(name, path)
     finally:
         shutil.rmtree(name, ignore_errors=True)
@@ -36,7 +37,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` at the end, or removed when an exception leaves.
 
-    What `worth_keeping` then says yes of becomes `NAME.partial` instead, and the exception gets a note of it.
+    What `worth_keeping` then says yes of becomes `NAME.partial` instead (or `NAME.partial2` and so on, where there is
+    one), and the exception gets a note of it. A file that is replaced keeps its permissions.
 
     Raises:
         DimmixError: the folder is not there or cannot be written to, or `path` is a folder, a
@@ -53,18 +55,44 @@ def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> 
         raise DimmixError(f"{path}: cannot be written ({error.strerror})", exit_code=2) from error
     os.close(handle)
     try:
-        os.chmod(name, 0o644)
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         yield Path(name)
         os.replace(name, path)
     except BaseException as error:
         if worth_keeping():
-            partial = path.with_name(f"{path.name}.partial")
+            partial = _free(path.with_name(f"{path.name}.partial"))
             os.replace(name, partial)
             error.add_note(f"kept what was finished in {partial}")
         raise
     finally:
         if os.path.exists(name):
             os.unlink(name)
+
+
+def refuse_same(outputs: dict[str, Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raise DimmixError where an output, by its option, is one of the inputs or another output."""
+    known = {os.path.realpath(path) for path in inputs if path is not None}
+    for option, output in outputs.items():
+        if output is None:
+            continue
+        path = os.path.realpath(output)
+        if path in known:
+            raise DimmixError(
+                f"{option} {output}: is read, or written by another option; name another file", exit_code=2
+            )
+        known.add(path)
+
+
+def _free(path: Path) -> Path:
+    """`path`, or with the first number from 2 on that makes a name which is not taken."""
+    numbered = (path.with_name(f"{path.name}{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -154,7 +154,7 @@ def _listed(source: str, lists: tuple[str, ...]) -> Iterator[str | ImageError]:
     if path in lists:
         yield ImageError(source, "a list that names itself")
         return
-    with open(source[1:], encoding="utf-8", errors="surrogateescape") as lines:
+    with open(source[1:], encoding="utf-8-sig", errors="surrogateescape") as lines:
         names = (line.strip() for line in lines if line.strip())
         first = next(names, None)
         if first is None:
@@ -164,7 +164,7 @@ def _listed(source: str, lists: tuple[str, ...]) -> Iterator[str | ImageError]:
 
 
 def _glob(pattern: str) -> Iterator[str | ImageError]:
-    names = (name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+    names = (name for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name) or os.path.islink(name))
     first = next(names, None)
     if first is None:
         yield ImageError(pattern, "no file matches")
@@ -172,6 +172,17 @@ def _glob(pattern: str) -> Iterator[str | ImageError]:
     rest = itertools.chain([first], names)
     while run := sorted(itertools.islice(rest, _SORTED_AT_ONCE)):
         yield from run
+
+
+def _kind(entry: os.DirEntry[str]) -> "str | ImageError":
+    """What is listed: a folder, a file, or an error for what is neither, as a pipe that would be waited for."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        regular = entry.is_file() or not os.path.exists(entry.path)  # a broken link says so when it is opened
+        return "file" if regular else ImageError(entry.path, "not a regular file")
+    except OSError as error:
+        return ImageError(entry.path, error.strerror)
 
 
 def _walk(top: str) -> Iterator[str | ImageError]:
@@ -187,11 +198,12 @@ def _walk(top: str) -> Iterator[str | ImageError]:
             with os.scandir(folder) as entries:
                 while run := sorted(itertools.islice(entries, _SORTED_AT_ONCE), key=lambda entry: entry.name):
                     for entry in run:
-                        if entry.is_dir():
+                        kind = _kind(entry)
+                        if kind == "folder":
                             inner.append(entry.path)
-                        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES or isinstance(kind, ImageError):
                             found += 1
-                            yield entry.path
+                            yield kind if isinstance(kind, ImageError) else entry.path
             folders += sorted(inner, reverse=True)
         except OSError as error:
             found += 1

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,17 @@ def checked_archive(path: Path) -> io.BytesIO:
                 raise DimmixError(f"{path}: refused: it holds two folders, or two files of one name")
             root = roots.pop()
         _check(path, entries)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # an archive with a password is a RuntimeError
         raise DimmixError(f"{path}: not a torch.export archive ({type(error).__name__}: {error})") from error
     copy = io.BytesIO()
     with zipfile.ZipFile(copy, "w") as archive:

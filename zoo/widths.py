@@ -110,6 +110,7 @@ def figure_5(connections: float, gamma: float) -> list[Design]:
     Raises:
         DimmixError: as `designs`.
     """
+    _solve(connections, gamma, None, None)  # refuses numbers that make no sweep
     pairs = sweep(connections, gamma, sweep_channels(connections, gamma))
     return [designs(connections, gamma, channels=C)[0] for C, _ in pairs]
 

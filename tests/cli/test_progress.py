@@ -48,6 +48,13 @@ def test_nothing_is_shown_before_the_delay_or_when_quiet(process):
     assert "images" not in on_a_terminal(process, CODE.replace("('images')", "('images', quiet=True)"))
 
 
+def test_a_table_after_the_bar_leaves_the_cursor_shown(process):
+    code = CODE + "with bar.paused(): print('table')\n"
+    seen = on_a_terminal(process, code)
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") > 0
+    assert seen.rindex("table") > seen.rindex("images")
+
+
 def test_items_come_through_unchanged():
     assert list(ProgressBar("images").track(iter("abc"))) == list("abc")
 

@@ -23,6 +23,16 @@ def written(capsys, format, **options):
     return capsys.readouterr().out
 
 
+def test_what_cannot_be_finished_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    monkeypatch.setattr(Sink, "_finish", lambda self: (_ for _ in ()).throw(ValueError("late")))
+    with pytest.raises(ValueError, match="late"), Sink(Format.csv, path) as sink:
+        sink.write(RECORDS[0])
+    assert path.read_text() == "old"
+    assert (tmp_path / "out.csv.partial").exists()
+
+
 def test_json_is_a_list_and_json_lines_are_lines(capsys):
     assert json.loads(written(capsys, Format.json)) == RECORDS
     assert [json.loads(line) for line in written(capsys, Format.jsonl).splitlines()] == RECORDS

@@ -61,6 +61,16 @@ def test_a_run_does_not_go_on_with_other_training_images(train_toy: Train, toy: 
     assert train_toy(restart=True).epochs == 2
 
 
+def test_a_log_of_a_run_whose_state_is_gone_is_not_emptied(train_toy: Train, tmp_path: Path) -> None:
+    log = tmp_path / "runs" / "run" / loop.LOG
+    log.parent.mkdir(parents=True)
+    log.write_text("mine\n")
+    with pytest.raises(DimmixError, match=r"log\.jsonl is of a run whose state is gone; .* --restart"):
+        train_toy()
+    assert log.read_text() == "mine\n"
+    assert train_toy(restart=True).epochs == 2
+
+
 def test_a_file_of_no_named_split_is_not_learnt_from_and_tested_on(train_toy: Train, toy: Path) -> None:
     (toy / "toy" / "train-00000-of-2.parquet").rename(toy / "images.parquet")
     with pytest.raises(DimmixError, match="no split is held out"):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_data import RECIPE
 
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, Interrupted
 from dimmix.training import loop
 from dimmix.training.data import load_images
 from dimmix.training.learner import Learner, predict
@@ -57,11 +57,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert train_toy(*recipe, name="whole").epochs == 2
     with monkeypatch.context() as patch:
         stop_after(patch, 3)  # five steps an epoch
-        assert train_toy(*recipe, name="parts") is None
+        with pytest.raises(Interrupted) as stopped:
+            train_toy(*recipe, name="parts")
+        assert stopped.value.exit_code == 143
     assert read_state(runs / "parts" / loop.STATE)[1]["position"]["step"] == 3
     with monkeypatch.context() as patch:
         stop_after(patch, 4, signal.SIGINT)
-        assert train_toy(*recipe, name="parts") is None
+        with pytest.raises(Interrupted) as stopped:
+            train_toy(*recipe, name="parts")
+        assert stopped.value.exit_code == 130
     assert train_toy(*recipe, name="parts").epochs == 2
     whole, parts = (read_state(runs / name / loop.STATE) for name in ("whole", "parts"))
     assert whole[0].keys() == parts[0].keys()

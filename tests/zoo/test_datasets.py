@@ -81,6 +81,13 @@ def test_cifar_python_archives_are_read(tmp_path, cifar_rows):
     assert np.array_equal(np.asarray(samples[3].image), np.asarray(cifar_rows[3][0]))
 
 
+def test_a_split_that_a_cifar_archive_lacks_is_wrong_usage(tmp_path):
+    cifar_archive(tmp_path / "c.tar.gz", {"batches.meta": {b"label_names": list(LABELS)}}, {})
+    with pytest.raises(DimmixError, match="no split 'nope' among train, test") as caught:
+        open_dataset(str(tmp_path / "c.tar.gz"), split="nope")
+    assert caught.value.exit_code == 2
+
+
 def test_a_cifar_archive_can_run_no_code(tmp_path):
     cifar_archive(tmp_path / "c.tar.gz", {"batches.meta": {b"label_names": print}}, {"test_batch": {}})
     with pytest.raises(DimmixError, match="print has no business in a CIFAR archive"):

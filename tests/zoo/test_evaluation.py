@@ -120,3 +120,11 @@ def test_ties_are_ranked_as_answers_are_and_what_is_no_number_is_refused():
     assert (evaluation.top1, evaluation.top5) == (10, 50)
     with pytest.raises(DimmixError, match="m gives numbers that are not finite"):
         evaluation.update(np.full((1, 10), np.nan), np.arange(1), [Sample(None, 0, "")])
+
+
+def test_of_mistakes_as_confident_as_each_other_the_first_are_kept():
+    evaluation = Evaluation("model", "data", "test", ["a", "b"])
+    samples = [Sample(object(), 0, f"row {row}") for row in range(60)]  # images that cannot be compared
+    for start in range(0, 60, 20):
+        evaluation.update(np.tile([-50.0, 50.0], (20, 1)), np.zeros(20, np.int64), samples[start : start + 20])
+    assert {answer.sample.source for answer in evaluation.mistakes} == {f"row {row}" for row in range(24)}

@@ -8,7 +8,7 @@ import pytest
 
 from dimmix.embeddings import embedding_writer
 from dimmix.errors import DimmixError
-from dimmix.files import replacing, write_atomically
+from dimmix.files import new_folder, replacing, write_atomically
 from dimmix.tables import table_writer
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -86,3 +86,17 @@ def test_names_that_are_no_utf_8_go_into_parquet_escaped(tmp_path):
     with table_writer(tmp_path / "t.parquet", {"source": "string"}) as write:
         write({"source": os.fsdecode(b"\xff.png")})
     assert pq.read_table(tmp_path / "t.parquet").to_pylist() == [{"source": "\\udcff.png"}]
+
+
+def test_permissions_are_those_of_the_file_before_or_of_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_atomically(tmp_path / "new", b"1")
+        (tmp_path / "old").write_bytes(b"0")
+        (tmp_path / "old").chmod(0o640)
+        write_atomically(tmp_path / "old", b"1")
+        with new_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old", "folder")] == [0o600, 0o640, 0o700]
