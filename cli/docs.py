@@ -15,7 +15,8 @@ Results go to stdout, progress and notes to stderr. `--format auto` is a table o
 `json` is one list (one object for `eval`, `export` and `info`). A file that a command writes appears under its name
 only when all of it is there; what an interrupted run had finished is kept as `NAME.partial`.
 
-Exit codes: 0 all done, 1 some input failed, 2 wrong usage, 130 after Ctrl-C. `DIMMIX_DEBUG=1` shows tracebacks.
+Exit codes: 0 all done, 1 some input failed, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM. With `DIMMIX_DEBUG=1`
+there are tracebacks.
 `dimmix --install-completion` sets up your shell. `dimmix.Classifier` does all of `predict` from Python.
 """
 
