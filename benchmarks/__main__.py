@@ -32,7 +32,6 @@ SPARSE = (
     "butterfly_resnet_fast_32",
     "butterfly_resnet_fast_blockmix_32",
     "vit_butterfly_tiny_patch4_32",
-    "vit_butterfly_tiny_patch2_32",
     "butterfly_mixer_nano_32",
     "patch_only_mixer_tiny_32",
 )
@@ -69,7 +68,7 @@ def full_plan() -> Plan:
     trained = {card.architecture for card in cards().values() if card.dataset == "cifar10"}
     bundled = {name for name in trained if dense_twin(name)}
     return Plan(
-        seconds=0.8,
+        seconds=0.6,
         linear=(256, 1024, 4096),
         modes=("float32", "bfloat16", "training"),
         backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),

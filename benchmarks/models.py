@@ -4,8 +4,8 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ def equals(batches: Iterable[int], seconds: float) -> list[Record]:
     """
     top1 = _accuracies()
     dense = sorted((name for name in top1 if name.startswith(RESNET20)), key=lambda n: int(n.removeprefix(RESNET20)))
-    sparse = (name for name in sorted(top1) if name.startswith("butterfly_resnet") and dense_twin(name))
+    sparse = [name for name in sorted(top1) if name.startswith("butterfly_resnet") and dense_twin(name)]
     return [
         record | {"sparse_top1": top1[name], "dense_top1": top1[equal]}
+        for backend in ("fused", "onnxruntime")
         for name in sparse
         for equal in [_equal(top1[name], {width: top1[width] for width in dense})]
-        for backend in ("fused", "onnxruntime")
         for record in _pair(name, equal, backend, batches, seconds, halves_the_saving=False)
     ]
 
@@ -76,14 +76,11 @@ def _accuracies() -> dict[str, float]:
 def _pair(
     name: str, dense: str, backend: str, batches: Iterable[int], seconds: float, halves_the_saving: bool = True
 ) -> Iterator[Record]:
-    pair = {
-        "sparse": timm.create_model(name, num_classes=CLASSES).eval(),
-        "dense": timm.create_model(dense, num_classes=CLASSES).eval(),
-    }
-    size = pair["sparse"].pretrained_cfg["input_size"]
-    macs = {kind: count_macs(model, size) for kind, model in pair.items()}
+    pair = {"sparse": _prepared(name, backend), "dense": _prepared(dense, backend)}
+    runs = {kind: prepared.run for kind, prepared in pair.items()}
+    macs = {kind: prepared.macs for kind, prepared in pair.items()}
+    size = pair["sparse"].size
     saved = macs["dense"] / macs["sparse"]
-    runs = {kind: _runner(model, backend) for kind, model in pair.items()}
     for batch in batches:
         x = torch.randn(batch, *size)
         times = compare({kind: partial(run, x) for kind, run in runs.items()}, seconds)
@@ -101,6 +98,22 @@ def _pair(
             "faster": speedup(times["dense"], times["sparse"]),
             "reach": None if backend in ("bfloat16", "training") else round(least, 2),
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as a backend runs it, its multiply-accumulates, and the size of its images, (C, H, W)."""
+
+    run: Callable[[torch.Tensor], object]
+    macs: int
+    size: tuple[int, int, int]
+
+
+@lru_cache(maxsize=4)  # a dense model stands beside several sparse ones; an export or a compilation takes seconds
+def _prepared(name: str, backend: str) -> Prepared:
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    size = model.pretrained_cfg["input_size"]
+    return Prepared(macs=count_macs(model, size), run=_runner(model, backend), size=size)
 
 
 def _runner(model: nn.Module, backend: str) -> Callable[[torch.Tensor], object]:
