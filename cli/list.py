@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dimmix import FAMILIES
+from dimmix import FAMILIES, family_of
 from dimmix.errors import DimmixError
 
 from .options import Format, FormatOption, OutputOption, QuietOption
@@ -63,17 +63,13 @@ def list_models(
         note("no model is like this; --architectures lists those without weights too", quiet)
 
 
-def _family(architecture: str) -> str:
-    return next((family for family in FAMILIES if architecture.startswith(family)), "")
-
-
 def _remote(pattern: str) -> list[Record]:
     import fnmatch
 
     from dimmix.checkpoints import status
 
     found = [record for record in status() if fnmatch.fnmatch(str(record["name"]), pattern)]
-    return [record | {"family": _family(str(record["name"]))} for record in found]
+    return [record | {"family": family_of(str(record["name"]))} for record in found]
 
 
 def _checkpoints(pattern: str) -> list[Record]:
@@ -84,7 +80,7 @@ def _checkpoints(pattern: str) -> list[Record]:
     return [
         {
             "name": card.name,
-            "family": _family(card.architecture),
+            "family": family_of(card.architecture),
             "dataset": card.dataset,
             "top1": card.top1,
             "top5": card.top5,
@@ -112,5 +108,5 @@ def _architectures(pattern: str, quiet: bool) -> list[Record]:
             model = timm.create_model(name)
         params = sum(parameter.numel() for parameter in model.parameters())
         weights = "yes" if name in with_weights else "no"
-        records.append({"name": name, "family": _family(name), "params": params, "weights": weights})
+        records.append({"name": name, "family": family_of(name), "params": params, "weights": weights})
     return records

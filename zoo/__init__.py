@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = ["Classifier", "DimmixError", "list_models"]
 
 FAMILIES = ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer", "wide_mixer")
+_OTHER_PREFIXES = {"resnet20": "butterfly_resnet", "rp_mixer": "wide_mixer", "sw_mlp": "wide_mixer"}
 
 
 def _register_families() -> None:
@@ -70,6 +71,12 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     import timm
 
     return sorted(timm.list_models(filter=filter, module=FAMILIES, pretrained=pretrained))
+
+
+def family_of(architecture: str) -> str:
+    """The family that registers `architecture`, or "" for another's; by its name, so that timm need not be imported."""
+    prefixes = {family: family for family in FAMILIES} | _OTHER_PREFIXES
+    return next((family for prefix, family in prefixes.items() if architecture.startswith(prefix)), "")
 
 
 def __getattr__(name: str) -> Any:

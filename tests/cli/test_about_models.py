@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from timm.models import is_model_in_modules
 
 import dimmix as package
 from dimmix.checkpoints import cards
@@ -42,6 +43,12 @@ def test_list_filters_architectures_by_name_family_and_size(dimmix):
         record["name"] for record in found if "vit" in record["name"] and record["params"] <= limit
     ]
     assert 0 < len(small) < len(found)
+
+
+def test_every_architecture_is_listed_under_the_family_whose_file_registers_it():
+    for name in package.list_models():
+        assert is_model_in_modules(name, package.family_of(name)), name
+    assert package.family_of("resnet18") == ""
 
 
 def test_info_shows_structure_and_macs(dimmix):
