@@ -265,14 +265,24 @@ def model_spec(model: Any, name: str, card: dict[str, Any]) -> Spec:
     import timm.data
 
     config = timm.data.resolve_model_data_config(model)
-    pretrained_cfg = model.pretrained_cfg
-    labels = pretrained_cfg.get("label_names") or ()
-    if not labels and model.num_classes == 1000:
+    names = _class_names(model.pretrained_cfg.get("label_names"), model.num_classes)
+    if not names and model.num_classes == 1000:
         info = timm.data.ImageNetInfo()
-        labels = [info.index_to_description(index) for index in range(1000)]
-    if len(labels) != model.num_classes:
-        labels = [str(index) for index in range(model.num_classes)]
-    return Spec(name, Preprocess.from_config(config), tuple(labels), card)
+        names = {str(index): info.index_to_description(index) for index in range(1000)}
+    labels = tuple(names.get(str(index), str(index)) for index in range(model.num_classes))
+    return Spec(name, Preprocess.from_config(config), labels, card)
+
+
+def _class_names(label_names: Any, num_classes: int) -> dict[str, str]:
+    """Names by the number of their class; none where they are of another head than the model's.
+
+    timm's configs have a list or, where some have no name, a dict, whose numbers JSON has turned into strings.
+    """
+    if isinstance(label_names, list | tuple) and len(label_names) == num_classes:
+        label_names = dict(enumerate(label_names))
+    if not isinstance(label_names, dict):
+        return {}
+    return {str(index): str(name) for index, name in label_names.items()}
 
 
 def _unknown_model(name: str) -> DimmixError:

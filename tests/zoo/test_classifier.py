@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dimmix import Classifier
 from dimmix.errors import DimmixError
 from dimmix.images import ImageError
-from dimmix.runtime import describe_model
+from dimmix.runtime import describe_model, model_spec
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,23 @@ def test_labels_and_transform_come_from_the_card(classifier):
     assert classifier.labels[3] == "cat"
     assert len(classifier.labels) == 10
     assert classifier.runtime.spec.preprocess.mean == (0.49, 0.48, 0.45)
+
+
+@pytest.mark.parametrize(
+    ("label_names", "labels"),
+    [
+        (["cat", "dog", "owl"], ("cat", "dog", "owl")),
+        ({"0": "cat", "2": "owl", "7": "of no class"}, ("cat", "1", "owl")),
+        ({0: "cat", 2: "owl"}, ("cat", "1", "owl")),
+        (["of", "another", "head", "altogether"], ("0", "1", "2")),
+        (None, ("0", "1", "2")),
+        (3, ("0", "1", "2")),
+    ],
+)
+def test_class_names_of_a_config_are_a_list_or_a_dict_with_gaps(label_names, labels):
+    model = timm.create_model("butterfly_mixer_nano_32", num_classes=3)
+    model.pretrained_cfg["label_names"] = label_names
+    assert model_spec(model, "butterfly_mixer_nano_32", {}).labels == labels
 
 
 def test_predictions_are_the_softmax_of_the_model_best_first(classifier, cifar_rows, tiny):
