@@ -143,29 +143,60 @@ def _from_parquet(
     data: str, shards: list[Path], split: str, image_column: str | None, label_column: str | None
 ) -> LabelledImages:
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise DimmixError("reading parquet needs pyarrow: pip install 'dimmix[eval]'") from None
-    try:
-        files = [pq.ParquetFile(shard) for shard in shards]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DimmixError(f"{data}: not a parquet file ({error})") from error
-    image_column, label_column, names = _choose_columns(data, files[0].schema_arrow, image_column, label_column)
+    footers = [_footer(shard) for shard in shards]
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    image_column, label_column, names = _choose_columns(data, schemas[0], image_column, label_column)
+    for column in (image_column, label_column):
+        _check_alike(column, shards, schemas)
     if names is None:
-        found = [file.read([label_column])[label_column].unique() for file in files]
-        names = tuple(sorted({name for column in found for name in column.to_pylist() if name is not None}))
+        found = {name for shard in shards for name in _values(shard, label_column)}
+        names = tuple(sorted(name for name in found if name is not None))
 
     def samples() -> Iterator[Sample]:
         number = 0
-        for shard, file in zip(shards, files, strict=True):
-            batches = file.iter_batches(256, columns=[image_column, label_column])
-            while rows := _next_rows(batches, shard):
-                for row in rows:
-                    yield _sample(row[image_column], row[label_column], names, number)
-                    number += 1
+        for shard in shards:  # one open at a time: a data set may have more of them than a process may open
+            with pq.ParquetFile(shard) as file:
+                batches = file.iter_batches(256, columns=[image_column, label_column])
+                while rows := _next_rows(batches, shard):
+                    for row in rows:
+                        yield _sample(row[image_column], row[label_column], names, number)
+                        number += 1
 
-    return LabelledImages(data, split, names or None, sum(file.metadata.num_rows for file in files), samples)
+    return LabelledImages(data, split, names or None, sum(footer.num_rows for footer in footers), samples)
+
+
+def _footer(shard: Path) -> Any:
+    """Schema and number of rows of a parquet file."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(shard)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are either
+        raise DimmixError(f"{shard}: not a parquet file ({error})") from error
+
+
+def _check_alike(column: str, shards: list[Path], schemas: list[Any]) -> None:
+    """Raises a DimmixError that names the first shard whose `column` is missing or of another type than the first's."""
+    expected = schemas[0].field(column).type
+    for shard, schema in zip(shards, schemas, strict=True):
+        index = schema.get_field_index(column)
+        if index < 0 or schema.field(index).type != expected:
+            has = f"{column!r} as {schema.field(index).type}" if index >= 0 else f"no column {column!r}"
+            raise DimmixError(f"{shard}: has {has}, where {shards[0].name} has it as {expected}")
+
+
+def _values(shard: Path, column: str) -> list[Any]:
+    """Every value of a column, once."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shard) as file:
+        try:
+            return file.read([column])[column].unique().to_pylist()
+        except (OSError, ValueError) as error:
+            raise DimmixError(f"{shard}: a broken parquet file ({error})") from error
 
 
 def _next_rows(batches: Any, shard: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Every layout gives the same samples; labels are matched by name or number, or refused with both sides shown."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -112,6 +113,41 @@ def test_a_broken_parquet_file_is_one_line(tmp_path):
     (tmp_path / "x.parquet").write_text("x")
     with pytest.raises(DimmixError, match="not a parquet file"):
         open_dataset(str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (
+            {"image": [b"y"], "label": ["dog"]},
+            r"b\.parquet: has 'label' as string, where train-a\.parquet has it as int64",
+        ),
+        (
+            {"picture": [b"y"], "label": [1]},
+            r"b\.parquet: has no column 'image', where train-a\.parquet has it as binary",
+        ),
+    ],
+)
+def test_shards_of_different_columns_are_one_line(tmp_path, second, reason):
+    pa = pytest.importorskip("pyarrow")
+    for name, columns in (("a", {"image": [b"x"], "label": [0]}), ("b", second)):
+        pa.parquet.write_table(pa.table(columns), tmp_path / f"train-{name}.parquet")
+    with pytest.raises(DimmixError, match=reason):
+        open_dataset(str(tmp_path))
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    pa, resource = pytest.importorskip("pyarrow"), pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 200
+    for number in range(30):
+        table = pa.table({"image": [b"x"], "label": [f"class {number:02}"]})
+        pa.parquet.write_table(table, tmp_path / f"train-{number:02}.parquet")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    try:
+        assert [sample.label for sample in open_dataset(str(tmp_path))] == list(range(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_parquet_file_that_is_damaged_inside_is_one_line(tmp_path):
