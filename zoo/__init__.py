@@ -8,7 +8,6 @@ light: the families are imported as soon as timm is, by `_RegisterAfterTimm`.
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -23,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = ["Classifier", "DimmixError", "list_models"]
 
 FAMILIES = ("butterfly_resnet", "vit_butterfly", "butterfly_mixer", "patch_only_mixer", "wide_mixer")
-_OTHER_PREFIXES = {"resnet20": "butterfly_resnet", "rp_mixer": "wide_mixer", "sw_mlp": "wide_mixer"}
+_OTHER_PREFIXES = {"resnet20_": "butterfly_resnet", "rp_mixer": "wide_mixer", "sw_mlp": "wide_mixer"}
 
 
 def _register_families() -> None:
@@ -32,15 +31,18 @@ def _register_families() -> None:
 
 
 class _RegisterAfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import hook: when timm has been imported, import our families, which register themselves with it."""
+    """Import hook: when timm has been imported, import our families, which register themselves with it.
+
+    It stays until then, since many a library looks for timm's spec only to learn whether it is installed.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("timm")
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
             return spec
         self._timm_loader = spec.loader
@@ -54,6 +56,7 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._timm_loader
         self._timm_loader.exec_module(module)
+        sys.meta_path.remove(self)
         _register_families()
 
 

@@ -77,6 +77,8 @@ class ButterflySchedule:
 def square_radix(n: int) -> int:
     """The smallest divisor of `n` that is at least sqrt(n): two levels, and the least work that two levels can do.
 
+    A prime has one level, of all of it.
+
     Raises:
         ValueError: `n` is less than 2, and has no radix.
     """

@@ -39,7 +39,10 @@ def make_mlp(
 
 
 class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing, each after a LayerNorm over channels and with a residual."""
+    """Token mixing, then channel mixing, each after a LayerNorm over channels and with a residual.
+
+    The token MLP is called by `mix`, features first: a hook on it is not run, one on what it is made of is.
+    """
 
     def __init__(
         self, token_mlp: FeatureMixer, channel_mlp: FeatureMixer, dim: int, drop_path: float, **dd: Any

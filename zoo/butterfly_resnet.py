@@ -109,7 +109,7 @@ class ButterflyResNet(Trunk):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Raises:
-        ValueError: unknown `mixing`, or a radix that does not divide its stage's channels.
+        ValueError: unknown `mixing`, a radix that does not divide its stage's channels, or one for other stages.
     """
 
     images_per_tile: int = 16
@@ -139,8 +139,13 @@ class ButterflyResNet(Trunk):
         self.norm = nn.Identity()
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages, chs = [], width
+        for name, radixes in (("radix", radix), ("first_radix", first_radix)):
+            if mixing != "dense" and radixes is not None and len(radixes) != len(depths):
+                raise ValueError(
+                    f"{name}={radixes} has {len(radixes)} numbers for the {len(depths)} stages of {depths}"
+                )
         for i, depth in enumerate(depths):
-            out_chs, groups = width * 2**i, max(1, chs // radix[i])
+            out_chs, groups = width * 2**i, 1 if mixing == "dense" else max(1, chs // radix[i])
             blocks: list[nn.Module] = []
             if mixing == "block":
                 ButterflySchedule(chs, radix[i])  # refuses a radix that does not divide

@@ -80,11 +80,19 @@ def open_dataset(
 def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> list[int] | None:
     """The model's index for each class of the data, matched by name; None where one side has no names.
 
+    The same names match first, numbers too: a model that learnt from the folders 0, 1, 10, 2 has its classes in that
+    order. Then a number is an index, and a name may differ in case or in underscores for spaces.
+
     Raises:
-        DimmixError: a class that the model does not know, or by index another number of classes.
+        DimmixError: a class that the model does not know, or knows twice, or by index another number of classes.
     """
     if dataset.labels is None:
         return None
+    if tuple(dataset.labels) == tuple(labels):
+        return list(range(len(labels)))
+    exact = {label: number for number, label in enumerate(labels)}
+    if len(exact) == len(labels) and exact.keys() >= set(dataset.labels):
+        return [exact[label] for label in dataset.labels]
     if dataset.labels and all(label.isdecimal() for label in dataset.labels):
         if max(map(int, dataset.labels)) >= len(labels):
             raise _mismatch(dataset, model, labels)
@@ -93,11 +101,11 @@ def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> 
         if len(dataset.labels) != len(labels):
             raise _mismatch(dataset, model, labels)
         return None
-    index = {_normalized(label): number for number, label in enumerate(labels)}
-    try:
-        return [index[_normalized(label)] for label in dataset.labels]
-    except KeyError:
-        raise _mismatch(dataset, model, labels) from None
+    names = [_normalized(label) for label in labels]
+    wanted = [_normalized(label) for label in dataset.labels]
+    if any(names.count(name) != 1 for name in wanted) or len(set(wanted)) != len(wanted):
+        raise _mismatch(dataset, model, labels)
+    return [names.index(name) for name in wanted]
 
 
 def _normalized(label: str) -> str:

@@ -41,22 +41,26 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
     """Explains the class `index`, by default the likeliest one (Grad-CAM: arXiv 1610.02391).
 
     Raises:
-        DimmixError: an image that cannot be read, a model that is not one of ours, or logits that are not finite.
+        DimmixError: an image that cannot be read, a model that is not one of ours, no such class, or logits that are
+            not finite.
     """
     model = getattr(classifier.runtime, "model", None)
     if not isinstance(model, Trunk):
         raise DimmixError(f"{classifier.name}: only a model of dimmix, not a file, can be explained", exit_code=2)
+    if index is not None and not 0 <= index < len(classifier.labels):
+        raise DimmixError(f"{classifier.name} has {len(classifier.labels)} classes, and no class {index}", exit_code=2)
     crop = classifier.prepare(image)
     pixels = torch.from_numpy(classifier.to_batch([crop]))
     outputs: list[torch.Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in model.blocks]
-    try:
-        logits = model(pixels.to(next(model.parameters()).device).requires_grad_())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    index = int(logits.argmax()) if index is None else index
-    gradients = torch.autograd.grad(logits[0, index], outputs)
+    with torch.enable_grad():  # whatever the caller has set
+        try:
+            logits = model(pixels.to(next(model.parameters()).device).requires_grad_())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        index = int(logits.argmax()) if index is None else index
+        gradients = torch.autograd.grad(logits[0, index], outputs)
     maps = [_to_map(model, gradient) for gradient in gradients]
     layers = [
         LayerReach(f"blocks.{i}", gradient.norm(dim=0).cpu().numpy(), float((gradient != 0).any(0).float().mean()))

@@ -186,7 +186,7 @@ class PatchOnlyMixer(Trunk):
     def to_map(self, x: Tensor) -> Tensor:
         """Pixels -> (B, C, H, W), resized to the input's grid where the mixed image is the finer one."""
         x = x.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1]])
-        if self.grid[0] > self.img_size[0]:
+        if self.grid[0] > self.img_size[0] or self.grid[1] > self.img_size[1]:
             x = F.interpolate(x, size=self.img_size, mode="bilinear", align_corners=True)
         return x
 

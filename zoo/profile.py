@@ -23,10 +23,12 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, i
     modes = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     # The fused attention kernels have no count on every backend; the plain one is matrix products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    for module, training in modes.items():
-        module.training = training
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    finally:
+        for module, training in modes.items():
+            module.training = training
     root = type(model).__name__
     counts = {name: sum(operators.values()) // 2 for name, operators in counter.get_flop_counts().items()}
     inner = {name.removeprefix(f"{root}."): macs for name, macs in counts.items() if name.startswith(f"{root}.")}

@@ -41,6 +41,8 @@ def run_batches(
         rows = iter(run(good)) if good else iter(())
         return [(item, made if isinstance(made, ImageError) else next(rows)) for item, made in batch]
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} holds no image")
     lanes = 1 if workers else runtime.lanes(batch_size)
     parts = _parts(items, batch_size // lanes)
     first = list(itertools.islice(parts, 2)) if lanes > 1 else []

@@ -16,7 +16,10 @@ from .registry import dense_twin
 
 @dataclass(frozen=True)
 class MixingLevel:
-    """One layer that mixes groups of `radix` dimensions `stride` apart; of its n x n matrix `non_zero` is there."""
+    """One layer that mixes groups of `radix` dimensions `stride` apart; of its n x n matrix `non_zero` is there.
+
+    Of a factor that widens or narrows, n and `radix` are those of the narrower side.
+    """
 
     module: str
     mixes: str

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers.eager import runs_eagerly
+from .layers.eager import is_hooked, runs_eagerly
 
 POOLS = ("", "avg", "max", "flatten")
 
@@ -134,8 +134,7 @@ class Trunk(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes` (0: none), and optionally another pooling."""
-        if global_pool is not None:
-            self.global_pool = self._checked_pool(global_pool, num_classes)
+        self.global_pool = self._checked_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = self._classifier(weight.device, weight.dtype)
@@ -186,8 +185,12 @@ class Trunk(nn.Module):
         return take
 
     @torch.jit.unused
-    def _gathers_statistics(self) -> bool:
-        return any(m.training for m in self.modules() if m is self or isinstance(m, nn.BatchNorm2d))
+    def _wants_whole_batches(self) -> bool:
+        """A BatchNorm in training mode gathers statistics, without gradients too, and a hook may keep what it sees."""
+        if self.training:
+            return True
+        parts = (module for module in self.modules() if module is not self)
+        return any(is_hooked(part) or (part.training and isinstance(part, nn.BatchNorm2d)) for part in parts)
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -198,8 +201,7 @@ class Trunk(nn.Module):
         """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
         if not torch.jit.is_scripting():
             tile = self.images_per_tile
-            # In training mode a BatchNorm without gradients still wants the statistics of the whole batch.
-            if tile and runs_eagerly(x) and len(x) > tile and not self._gathers_statistics():
+            if tile and runs_eagerly(x) and len(x) > tile and not self._wants_whole_batches():
                 return torch.cat([self.forward_features(images) for images in x.split(tile)])
         x = self.embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():

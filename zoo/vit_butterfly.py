@@ -179,7 +179,7 @@ class ButterflyVit(Trunk):
             ValueError: another `patch_size`, which would need another stem; a size that the patch, or a number of
                 tokens that the radix, does not divide; a flattened head, whose weights belong to positions.
         """
-        if patch_size not in (None, self.stem.patch_size):
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.stem.patch_size):
             raise ValueError(f"patch_size={patch_size}: this model is built for patches of {self.stem.patch_size}")
         if img_size is None or to_2tuple(img_size) == self.stem.img_size:
             return
@@ -209,12 +209,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ButterflyVit) -> 
 
     As many tokens keep their positions: a checkpoint does not say what rectangle they lay in.
     """
+    changed: dict[str, Tensor] = {}
     positions = state_dict.get("pos_embed")
-    if positions is None or model.pos_embed is None or positions.shape == model.pos_embed.shape:
-        return state_dict
-    resampled = resample_abs_pos_embed(positions, list(model.grid), num_prefix_tokens=0)
-    orders = {"order.order": model.order.order, "order.inverse": model.order.inverse} if model.order else {}
-    return state_dict | {"pos_embed": resampled} | orders
+    if positions is not None and model.pos_embed is not None and positions.shape != model.pos_embed.shape:
+        changed["pos_embed"] = resample_abs_pos_embed(positions, list(model.grid), num_prefix_tokens=0)
+    order = state_dict.get("order.order")
+    if order is not None and model.order is not None and order.shape != model.order.order.shape:
+        changed |= {"order.order": model.order.order, "order.inverse": model.order.inverse}
+    return state_dict | changed
 
 
 _PAPER = {"pre_norm": False, "pos_embed": False, "conv_stem": False, "global_pool": "flatten", "num_heads": 8}

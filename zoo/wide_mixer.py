@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .data_cfg import base_cfg
 from .layers import Linear, Permute, TokenStem, random_order
@@ -113,10 +113,14 @@ class SparseLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.weight.shape[1]} connections"
 
 
-@register_flop_formula([torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only])
 def _embedding_bag_flops(features: torch.Size, columns: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Lets torch's counter see the work of a SparseLinear: a multiply-add per connection and image."""
     return 2 * columns[0] * features[1]
+
+
+for _operator in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
+    if _operator not in flop_registry:  # torch refuses a second formula
+        register_flop_formula(_operator)(_embedding_bag_flops)
 
 
 class Shuffle(nn.Module):

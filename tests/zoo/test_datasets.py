@@ -196,6 +196,18 @@ def test_numbers_for_names_are_indices_however_they_are_sorted():
     assert match_labels(named(*folders), "m", [str(index) for index in range(12)]) == [int(name) for name in folders]
 
 
+@pytest.mark.parametrize("names", ["0 1 10 11 2", "1 2 3", "A B a b", "crane dog crane"])
+def test_the_same_names_are_the_same_classes(names):
+    assert match_labels(named(*names.split()), "m", names.split()) == list(range(len(names.split())))
+
+
+def test_names_that_differ_in_case_alone_are_told_apart_or_refused():
+    assert match_labels(named("b", "A"), "m", ["A", "B", "a", "b"]) == [3, 0]
+    for data, model in ((("A", "C"), ["a", "A", "c"]), (("a", "A"), ["a", "b"])):
+        with pytest.raises(DimmixError, match="but m knows"):
+            match_labels(named(*data), "m", model)
+
+
 def test_a_class_may_be_called_as_a_split_is(tmp_path, class_folders):
     for name in ("car", "train"):
         (tmp_path / name).mkdir()

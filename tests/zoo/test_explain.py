@@ -39,6 +39,20 @@ def test_every_family_is_explained(name):
     assert all(layer.reaching == (layer.sensitivity > 0).mean() for layer in found.layers)
 
 
+def test_gradients_switched_off_by_the_caller_do_not_matter():
+    ours = classifier("vit_butterfly_nano_patch4_32")
+    expected = explain(ours, sample_images()[0], 1)
+    with torch.no_grad():
+        found = explain(ours, sample_images()[0], 1)
+    np.testing.assert_allclose(found.heat, expected.heat, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_a_class_that_is_not_there_is_refused(index):
+    with pytest.raises(DimmixError, match=f"has 10 classes, and no class {index}"):
+        explain(classifier("vit_butterfly_nano_patch4_32"), sample_images()[0], index)
+
+
 def test_a_layer_that_reads_one_patch_is_reached_by_that_alone():
     ours = classifier("vit_butterfly_nano_patch4_32")
     model = ours.runtime.model

@@ -49,6 +49,7 @@ def test_parameter_counts_of_the_paper(name, params):
         "from dimmix.trunk import Trunk; import timm",
         "from dimmix.pretrained import build; import timm",
         "from dimmix.butterfly_mixer import ButterflyMixer; import timm",
+        "import dimmix, importlib.util as u; assert u.find_spec('timm') and u.find_spec('timm'); import timm",
     ],
 )
 def test_families_register_whichever_import_comes_first(order):

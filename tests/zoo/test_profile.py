@@ -1,3 +1,4 @@
+import pytest
 import timm
 import torch
 from torch import nn
@@ -47,6 +48,9 @@ def test_frozen_parts_stay_frozen() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).train()
     model[0].eval()
     count_macs(model, (4,))
+    assert [module.training for module in model.modules()] == [True, False, True]
+    with pytest.raises(RuntimeError):
+        count_macs(model, (5,))
     assert [module.training for module in model.modules()] == [True, False, True]
 
 

@@ -5,9 +5,11 @@ import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.nn.utils import prune
 
 import dimmix  # noqa: F401
 from dimmix.layers import ButterflyLinear, ButterflyMlp, DenseMlp
+from dimmix.vit_butterfly import checkpoint_filter_fn
 
 
 class Adapter(nn.Module):
@@ -53,13 +55,79 @@ def test_an_adapter_in_place_of_a_linear_is_used_and_learns(name, path):
     assert adapter.up.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("path", ["blocks.1.attn.qkv", "blocks.1.attn.proj"])
-def test_hooks_are_called(path):
-    model = timm.create_model("vit_butterfly_nano_patch4_32", num_classes=3).eval()
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("vit_butterfly_nano_patch4_32", "blocks.1.attn.qkv"),
+        ("vit_butterfly_nano_patch4_32", "blocks.1.attn.proj"),
+        ("butterfly_mixer_nano_32", "blocks.1.token_mlp.levels.1.fc2"),
+        ("butterfly_mixer_nano_32_dense", "blocks.1.token_mlp.fc1"),
+    ],
+)
+def test_hooks_are_called(name, path):
+    model = timm.create_model(name, num_classes=3).eval()
     seen = []
-    model.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
-    model(torch.randn(2, 3, 32, 32))
+    model.get_submodule(path).register_forward_hook(lambda *_: seen.append("forward"))
+    model.get_submodule(path).register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert seen == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("name", ["butterfly_mixer_nano_32", "butterfly_resnet_nano_32"])
+def test_a_hook_sees_a_batch_whole(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    seen = []
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        logits = model(torch.randn(40, 3, 32, 32))
     assert len(seen) == 1
+    torch.testing.assert_close(model.forward_head(model.leave(model.norm(seen[0]))), logits)
+
+
+@pytest.mark.parametrize("rows", [16, 4096])
+def test_pruned_blocks_learn_and_are_read_anew_by_every_path(rows):
+    torch.manual_seed(0)
+    mlp, other = ButterflyMlp(256, 16), ButterflyMlp(256, 16)
+    for pruned in (mlp, other):
+        for level in pruned.levels:
+            prune.random_unstructured(level.fc2, "weight", 0.5)
+    x = torch.randn(rows, 256)
+    for _ in range(2):  # a mask is multiplied in as the module is called, or the second pass would use a freed graph
+        mlp(x).sum().backward()
+    mlp.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        fast = mlp(x)
+    torch.testing.assert_close(fast, other(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_made_without_memory_knows_its_shuffles():
+    args = {"embed_dim": 12, "channel_radix": 2, "num_classes": 3}
+    model = timm.create_model("butterfly_mixer_nano_32", **args).eval()
+    with torch.device("meta"):
+        empty = timm.create_model("butterfly_mixer_nano_32", **args).eval()
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    for module in empty.modules():  # as timm's reinit_non_persistent_buffers does
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(empty(x), model(x))
+
+
+def test_depths_of_other_stages_need_as_many_radixes():
+    assert timm.create_model("butterfly_resnet_nano_32_dense", depths=(1, 1, 1, 1)).num_classes == 10
+    with pytest.raises(ValueError, match="3 numbers for the 4 stages"):
+        timm.create_model("butterfly_resnet_nano_32", depths=(1, 1, 1, 1))
+
+
+def test_a_checkpoint_of_another_size_keeps_no_order_where_there_are_no_positions():
+    args = {"pos_embed": False, "token_order": "random", "num_classes": 3}
+    small = timm.create_model("vit_butterfly_nano_patch4_32", **args)
+    large = timm.create_model("vit_butterfly_nano_patch4_32", img_size=64, **args)
+    large.load_state_dict(checkpoint_filter_fn(small.state_dict(), large))
+    assert sorted(large.order.order.tolist()) == list(range(256))
+    large.set_input_size(64, (4, 4))
+    with pytest.raises(ValueError, match="patch_size=8"):
+        large.set_input_size(64, 8)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -93,5 +161,6 @@ def test_maps_have_no_layout_of_tokens():
         model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NLC")
     model.reset_classifier(0, "")
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 128, 8, 8)
-    with pytest.raises(ValueError, match="a classifier of maps"):
-        model.reset_classifier(3, "")
+    for pool in ("", None):
+        with pytest.raises(ValueError, match="a classifier of maps"):
+            model.reset_classifier(3, pool)

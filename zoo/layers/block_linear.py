@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
-from .eager import runs_eagerly
+from .eager import is_hooked, runs_eagerly
 from .permute import Permute, transpose_last
 from .pointwise import folds_into_pixels, to_pixels, to_rows
 
@@ -62,21 +62,23 @@ class BlockLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(blocks, in_features, rows) -> (blocks, out_features, rows), to which `plus` is added if there is no bias."""
+    def forward(self, x: Tensor, plus: Tensor | None = None, features_last: bool = False) -> Tensor:
+        """(blocks, in_features, rows) -> (blocks, out_features, rows), to which `plus` is added if there is no bias.
+
+        With `features_last` the result is (blocks, rows, out_features), and nothing is added.
+        """
+        if features_last:
+            x, weight = x.transpose(1, 2), self.weight.transpose(1, 2)
+            return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
         if self.bias is None:
             return torch.bmm(self.weight, x) if plus is None else torch.baddbmm(plus, self.weight, x)
         return torch.baddbmm(self.bias.unsqueeze(-1), self.weight, x)
 
-    def forward_last(self, x: Tensor) -> Tensor:
-        """(blocks, in_features, rows) -> (blocks, rows, out_features)."""
-        x, weight = x.transpose(1, 2), self.weight.transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(self.bias.unsqueeze(1), x, weight)
-
     def forward_pixels(self, x: Tensor) -> Tensor:
-        """(images, blocks * in_features, 4, 4) -> (images, blocks * out_features, 4, 4), a convolution in groups."""
+        """(images, blocks * in_features, 4, 4) -> (images, blocks * out_features, 4, 4), a convolution in groups.
+
+        Hooks do not run: they may be what makes the weight, as in pruning, so `FeatureMixer` asks for them first.
+        """
         blocks, _, in_features = self.weight.shape
         bias = None if self.bias is None else self.bias.view(-1)
         return F.conv2d(x, self.weight.view(-1, in_features, 1, 1), bias, groups=blocks)
@@ -122,7 +124,7 @@ class FeatureMixer(nn.Module):
             if torch.compiler.is_exporting():
                 return self.mix(x.t()).flatten(0, -2).t()  # onnxruntime turns a matrix fast, and more axes slowly
             return self.mix(x.t(), True)
-        if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x):
+        if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x) and not any(map(is_hooked, self.modules())):
             return to_rows(self.mix_pixels(to_pixels(x)))
         if x.numel() <= SMALL:
             return self.mix(x.t()).flatten(0, -2).t()

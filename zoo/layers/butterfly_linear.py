@@ -28,7 +28,7 @@ class ButterflyFactor(nn.Module):
         """Features first -> features first, leading axes as `LevelView.merge` leaves them, or (rows, features)."""
         x = self.view.split(x, self.in_block)
         if features_last:
-            return self.view.merge_last(self.linear.forward_last(x))
+            return self.view.merge_last(self.linear(x, None, True))
         return self.view.merge(self.linear(x))
 
 
@@ -43,7 +43,7 @@ class ButterflyLinear(FeatureMixer):
     Args:
         in_features, out_features: one must divide the other.
         radix: block size of the schedule.
-        bias: learn a bias, shape (out_features,) in block order.
+        bias: learn a bias, that of the last factor: (blocks, features of a block).
 
     Raises:
         ValueError: `radix` does not divide n, or neither feature count divides the other.

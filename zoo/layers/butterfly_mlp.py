@@ -94,7 +94,8 @@ class BlockMlp(nn.Module):
         x = self.view.split(x, self.radix)
         y = self.drop(F.gelu(self.fc1(x)))
         if features_last:
-            return self.view.merge_last(self.fc2.forward_last(y))
+            assert not self.residual, "the last level of a ButterflyMlp has no residual"
+            return self.view.merge_last(self.fc2(y, None, True))
         return self.view.merge(self.fc2(y, x if self.residual else None))
 
     @torch.jit.unused

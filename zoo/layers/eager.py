@@ -1,7 +1,7 @@
 """Whether a fast path that depends on the numbers' place, and not on the function, may be taken."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.jit.unused
@@ -19,3 +19,10 @@ def on_cpu_untraced(x: Tensor) -> bool:
         or torch.jit.is_tracing()
         or x.device.type != "cpu"
     )
+
+
+@torch.jit.unused
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for calls of a module, or makes its weights as it is called (pruning, weight norm)."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)

@@ -26,9 +26,18 @@ class Permute(nn.Module):
         if sorted(order) != list(range(len(order))):
             raise ValueError(f"not a permutation of 0..{len(order) - 1}: {order}")
         self.dim = dim
+        self.implied = None if persistent else tuple(order)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         self.register_buffer("order", torch.tensor(order, device=device), persistent=persistent)
         self.register_buffer("inverse", torch.tensor(inverse, device=device), persistent=persistent)
+
+    @torch.jit.unused
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the order in again: timm asks for it where a model was made without memory (`to_empty`)."""
+        if self.implied is not None:
+            order = torch.tensor(self.implied, device=self.order.device)
+            self.order.copy_(order)
+            self.inverse.copy_(order.argsort())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n, ...) -> (..., n, ...)."""

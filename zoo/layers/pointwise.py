@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .eager import runs_eagerly
+from .eager import is_hooked, runs_eagerly
 
 SIDE = 4
 FEWEST_ROWS = 256
@@ -52,7 +52,7 @@ def beats_a_product(x: Tensor) -> bool:
 @torch.jit.unused
 def is_plain(linear: nn.Module) -> bool:
     """Whether a Linear is as it was built: nothing in its place and no hook on it, so that its weights say all."""
-    return type(linear) in (nn.Linear, Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+    return type(linear) in (nn.Linear, Linear) and not is_hooked(linear)
 
 
 class Linear(nn.Linear):
