@@ -134,7 +134,8 @@ class Trunk(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes` (0: none), and optionally another pooling."""
-        self.global_pool = self._checked_pool(self.global_pool if global_pool is None else global_pool, num_classes)
+        if global_pool is not None:  # the pooling there is stays unchecked, as in timm, whose tests rely on it
+            self.global_pool = self._checked_pool(global_pool, num_classes)
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = self._classifier(weight.device, weight.dtype)
