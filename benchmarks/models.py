@@ -29,7 +29,7 @@ from .timing import compare, speedup, summary
 Record = dict[str, Any]
 CLASSES = 10
 PEERS = Path(__file__).parents[1] / "docs" / "peers"
-"""Cards of models trained with a recipe of ours that are not bundled: timm's, to compare with, and one of the paper's."""
+"""Cards of models trained with our recipes that are not bundled: timm's, to compare with, and one of the paper's."""
 RESNET20 = "resnet20_w"
 EQUAL = 0.25  # points of top-1; the standard error of a share of 92 % in 10,000 images is 0.27
 LIKE_SIZE = 2  # a model of at most so many times the parameters is of like size
