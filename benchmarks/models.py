@@ -28,8 +28,8 @@ from .timing import compare, speedup, summary
 
 Record = dict[str, Any]
 CLASSES = 10
-PEERS = Path(__file__).parents[1] / "docs" / "peers"
-"""Cards of models trained with our recipes that are not bundled: timm's, to compare with, and one of the paper's."""
+UNBUNDLED = Path(__file__).parents[1] / "docs" / "cards"
+"""Cards of models trained with our recipes whose weights are not bundled, timm's among them."""
 RESNET20 = "resnet20_w"
 EQUAL = 0.25  # points of top-1; the standard error of a share of 92 % in 10,000 images is 0.27
 LIKE_SIZE = 2  # a model of at most so many times the parameters is of like size
@@ -44,9 +44,10 @@ def twins(names: Iterable[str], backend: str, batches: Iterable[int], seconds: f
     return [record for name in names for record in _pair(name, dense_twin(name), backend, batches, seconds)]
 
 
-def equals(batches: Iterable[int], seconds: float) -> list[Record]:
+def equals(backend: str, batches: Iterable[int], seconds: float) -> list[Record]:
     """conv-mix and block-mix, each against the dense ResNet-20 of equal accuracy. To be reached: at least as fast.
 
+    `backend` is one of those of `twins`.
     Equal is the narrowest dense ResNet-20 with a card whose top-1 comes within `EQUAL` of the sparse model's or above
     it, and the most accurate one where none does.
     """
@@ -55,7 +56,6 @@ def equals(batches: Iterable[int], seconds: float) -> list[Record]:
     sparse = [name for name in sorted(top1) if name.startswith("butterfly_resnet") and dense_twin(name)]
     return [
         record | {"sparse_top1": top1[name], "dense_top1": top1[equal]}
-        for backend in ("fused", "onnxruntime")
         for name in sparse
         for equal in [_equal(top1[name], {width: top1[width] for width in dense})]
         for record in _pair(name, equal, backend, batches, seconds, halves_the_saving=False)
@@ -68,8 +68,8 @@ def _equal(top1: float, dense: dict[str, float]) -> str:
 
 
 def _accuracies() -> dict[str, float]:
-    """Top-1 on CIFAR-10 by architecture: of the bundled checkpoints, and of timm's models trained alike."""
-    found = [*cards().values(), *(Card.read(path) for path in sorted(PEERS.glob("*.json")))]
+    """Top-1 on CIFAR-10 by architecture: of the bundled checkpoints, and of what else was trained alike."""
+    found = [*cards().values(), *(Card.read(path) for path in sorted(UNBUNDLED.glob("*.json")))]
     return {card.architecture: card.top1 for card in found if card.dataset == "cifar10"}
 
 
@@ -109,7 +109,7 @@ class Prepared:
     size: tuple[int, int, int]
 
 
-@lru_cache(maxsize=4)  # a dense model stands beside several sparse ones; an export or a compilation takes seconds
+@lru_cache(maxsize=32)  # a model stands in several pairs of a backend; an export or a compilation takes seconds
 def _prepared(name: str, backend: str) -> Prepared:
     model = timm.create_model(name, num_classes=CLASSES).eval()
     size = model.pretrained_cfg["input_size"]

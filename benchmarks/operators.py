@@ -13,7 +13,7 @@ from dimmix.fuse import fuse
 from .models import CLASSES
 
 Record = dict[str, Any]
-PASSES = 5
+PASSES = 3
 KINDS = {
     "addmm": "product",
     "mm": "product",

@@ -12,11 +12,13 @@ from pathlib import Path
 import benchmark_tables
 from huggingface_hub import EvalResult, ModelCardData
 
+from dimmix import list_models
 from dimmix.checkpoints import Card, cards
 from dimmix.registry import dense_twin
 
 ROOT = Path(__file__).parent.parent
 SEEDS = ROOT / "docs" / "seeds"
+UNBUNDLED = ROOT / "docs" / "cards"
 BEGIN, END = "<!-- models: written by docs/tables.py -->", "<!-- /models -->"
 
 MODEL_CARD = """---
@@ -37,7 +39,8 @@ Top-1, top-5 and per-class accuracy are percentages of the held-out test images,
 with the averaged (EMA) weights, in the precision that is stored, and no test-time augmentation. NLL is in nats; ECE, in
 percent, has 15 bins. MACs are multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1
 where the training was repeated with other seeds (their cards are in docs/seeds); the row itself is of one.
-`dimmix eval DATA --model NAME --check` repeats a row's accuracy. Milliseconds are of
+`dimmix eval DATA --model NAME --check` repeats a row's accuracy; the weights of the rows with a † are not bundled
+(docs/models.md says why), and their recipes train them again. Milliseconds are of
 [docs/performance.md](docs/performance.md), measured by `python -m benchmarks` on two CPU cores in float32.
 
 ### Beside the dense twin
@@ -79,7 +82,7 @@ repository (`recipes/teacher_cnn.*`), not in the package.
 
 
 def main() -> int:
-    found = list(cards().values())
+    found = [*cards().values(), *_unbundled()]
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -98,6 +101,17 @@ def main() -> int:
         print(f"wrote {path.name}")
     _draw_accuracy(found)
     return 0
+
+
+def _unbundled() -> list[Card]:
+    """Of our own models that are trained, those whose weights are not bundled."""
+    known = [Card.read(path) for path in sorted(UNBUNDLED.glob("*.json"))]
+    return [card for card in known if card.architecture in list_models()]
+
+
+def _name(card: Card) -> str:
+    """As code, with a mark where there are no weights."""
+    return f"`{card.name}`" + " †" * (card.name not in cards())
 
 
 def _draw_accuracy(found: list[Card]) -> None:
@@ -121,7 +135,7 @@ def _draw_accuracy(found: list[Card]) -> None:
 def _table(found: list[Card], short: bool = False) -> str:
     latency = benchmark_tables.latency()
     columns = {
-        "model": lambda card: f"`{card.name}`",
+        "model": _name,
         "top-1 %": lambda card: f"{card.top1:.2f}",
         "top-5 %": lambda card: f"{card.top5:.2f}",
         "NLL": lambda card: f"{card.nll:.3f}",
@@ -201,6 +215,7 @@ def _model_card(found: list[Card]) -> str:
                 metric_value=round(card.top1, 2),
             )
             for card in found
+            if card.name in cards()
         ],
     )
     training = "\n".join(

@@ -13,7 +13,7 @@ from dimmix.training.recipe import parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-CARDS = (*ROOT.glob("docs/peers/*.json"), *ROOT.glob("recipes/*.json"))
+CARDS = (*ROOT.glob("docs/cards/*.json"), *ROOT.glob("recipes/*.json"))
 MEASURED = {card.recipe: card for card in (*cards().values(), *map(Card.read, CARDS))}
 
 
