@@ -131,7 +131,7 @@ class _WithFeatures(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model: Any = model.to(memory_format=torch.contiguous_format)  # which files of torch.export ask for
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = self.model.forward_features(images)

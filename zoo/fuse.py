@@ -1,4 +1,8 @@
-"""The same function in other weights, for inference: BatchNorm folded into convolutions, small groups merged."""
+"""The same function in other weights, for inference: BatchNorm folded into convolutions, small groups merged.
+
+Layout: the weights of convolutions are channels_last. Convolutions of such images want them so, and torch would copy
+them in each call.
+"""
 
 import copy
 
@@ -19,6 +23,9 @@ def fuse(model: nn.Module) -> nn.Module:
         if isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
             module.register_module("bn", nn.Identity())
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
     return model
 
 

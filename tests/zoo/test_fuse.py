@@ -33,6 +33,9 @@ def test_a_fused_model_has_no_norm_and_gives_the_same():
     torch.testing.assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    weights = [module.weight for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert not model.blocks[0][0].conv1.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
