@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..butterfly import Level
+from .eager import runs_eagerly
 from .permute import Permute, transpose_last
 
 
@@ -27,6 +28,8 @@ class ChannelTranspose(nn.Module):
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
             if torch.compiler.is_exporting():  # other runtimes have a layout of their own
                 return x.unflatten(1, [self.outer, self.middle, self.inner]).transpose(2, 3).flatten(1, 3)
+        if self.outer == 1 and not torch.jit.is_scripting() and runs_eagerly(x):
+            return torch.channel_shuffle(x, self.middle)  # what `transpose_last` comes to, without its views
         x = x.permute(0, 2, 3, 1)
         if self.outer == 1:
             x = transpose_last(x, self.middle, self.inner)
