@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse as torch_fuse
 
 from dimmix import list_models
-from dimmix.checkpoints import Card, cards
+from dimmix.checkpoints import cards
 from dimmix.export import export_model
 from dimmix.fuse import fuse
 from dimmix.profile import count_macs
@@ -25,11 +25,10 @@ from dimmix.registry import dense_twin
 from dimmix.runtime import OnnxRuntime, model_spec
 
 from .timing import compare, speedup, summary
+from .trained import unbundled
 
 Record = dict[str, Any]
 CLASSES = 10
-UNBUNDLED = Path(__file__).parents[1] / "docs" / "cards"
-"""Cards of models trained with our recipes whose weights are not bundled, timm's among them."""
 RESNET20 = "resnet20_w"
 EQUAL = 0.25  # points of top-1; the standard error of a share of 92 % in 10,000 images is 0.27
 LIKE_SIZE = 2  # a model of at most so many times the parameters is of like size
@@ -69,8 +68,7 @@ def _equal(top1: float, dense: dict[str, float]) -> str:
 
 def _accuracies() -> dict[str, float]:
     """Top-1 on CIFAR-10 by architecture: of the bundled checkpoints, and of what else was trained alike."""
-    found = [*cards().values(), *(Card.read(path) for path in sorted(UNBUNDLED.glob("*.json")))]
-    return {card.architecture: card.top1 for card in found if card.dataset == "cifar10"}
+    return {card.architecture: card.top1 for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10"}
 
 
 def _pair(

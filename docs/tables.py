@@ -17,8 +17,11 @@ from dimmix.checkpoints import Card, cards
 from dimmix.registry import dense_twin
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmark is not installed
+from benchmarks import plots  # noqa: E402
+from benchmarks.trained import unbundled  # noqa: E402
+
 SEEDS = ROOT / "docs" / "seeds"
-UNBUNDLED = ROOT / "docs" / "cards"
 BEGIN, END = "<!-- models: written by docs/tables.py -->", "<!-- /models -->"
 
 MODEL_CARD = """---
@@ -82,7 +85,8 @@ repository (`recipes/teacher_cnn.*`), not in the package.
 
 
 def main() -> int:
-    found = [*cards().values(), *_unbundled()]
+    ours = set(list_models())
+    found = [*cards().values(), *(card for card in unbundled() if card.architecture in ours)]
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -103,12 +107,6 @@ def main() -> int:
     return 0
 
 
-def _unbundled() -> list[Card]:
-    """Of our own models that are trained, those whose weights are not bundled."""
-    known = [Card.read(path) for path in sorted(UNBUNDLED.glob("*.json"))]
-    return [card for card in known if card.architecture in list_models()]
-
-
 def _name(card: Card) -> str:
     """As code, with a mark where there are no weights."""
     return f"`{card.name}`" + " †" * (card.name not in cards())
@@ -116,9 +114,6 @@ def _name(card: Card) -> str:
 
 def _draw_accuracy(found: list[Card]) -> None:
     """Top-1 against MACs, a panel a data set."""
-    sys.path.append(str(ROOT))  # the benchmark is not installed
-    from benchmarks import plots
-
     datasets = sorted({card.dataset for card in found})
     width, height = plots.COSTS_SIZE
     figure, panels = plots.plt.subplots(

@@ -6,6 +6,7 @@ import pytest
 import timm
 
 import dimmix.training.teacher  # noqa: F401, registers it
+from benchmarks.trained import unbundled
 from dimmix.checkpoints import Card, cards
 from dimmix.errors import DimmixError
 from dimmix.training.learner import load_teacher
@@ -13,8 +14,8 @@ from dimmix.training.recipe import parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-CARDS = (*ROOT.glob("docs/cards/*.json"), *ROOT.glob("recipes/*.json"))
-MEASURED = {card.recipe: card for card in (*cards().values(), *map(Card.read, CARDS))}
+TEACHERS = map(Card.read, ROOT.glob("recipes/*.json"))
+MEASURED = {card.recipe: card for card in (*cards().values(), *unbundled(), *TEACHERS)}
 
 
 def test_reads_values_and_defaults(recipe_file: Callable[..., Path]) -> None:

@@ -1,0 +1,12 @@
+"""What was trained with our recipes and is not bundled."""
+
+from pathlib import Path
+
+from dimmix.checkpoints import Card
+
+CARDS = Path(__file__).parents[1] / "docs" / "cards"
+
+
+def unbundled() -> list[Card]:
+    """Cards of trained models whose weights are not bundled, timm's among them, by name."""
+    return [Card.read(path) for path in sorted(CARDS.glob("*.json"))]
