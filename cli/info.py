@@ -30,7 +30,7 @@ def info(
     from dimmix.structure import macs_against_dense, mixing_levels
 
     network, spec = describe_model(model, checkpoint=checkpoint)
-    modules = macs_against_dense(network, model, spec.preprocess.input_size)
+    modules = macs_against_dense(network, model, spec.preprocess.input_size, spec.card.get("model_args", {}))
     summary: Record = {
         "model": model,
         "params": sum(parameter.numel() for parameter in network.parameters()),

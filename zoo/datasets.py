@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,10 @@ def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> 
         return None
     names = [_normalized(label) for label in labels]
     wanted = [_normalized(label) for label in dataset.labels]
-    if any(names.count(name) != 1 for name in wanted) or len(set(wanted)) != len(wanted):
+    found, times = {name: number for number, name in enumerate(names)}, Counter(names)
+    if any(times[name] != 1 for name in wanted) or len(set(wanted)) != len(wanted):
         raise _mismatch(dataset, model, labels)
-    return [names.index(name) for name in wanted]
+    return [found[name] for name in wanted]
 
 
 def _normalized(label: str) -> str:

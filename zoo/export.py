@@ -4,6 +4,7 @@ Each file carries its preprocessing, labels and card in its metadata, and gets i
 been run against the model on real images.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -64,8 +65,8 @@ def export_model(
         DimmixError: the export failed, or a logit or feature is further than `atol` from the model's. `path` is then
             as it was.
     """
-    cpu = torch.device("cpu")
-    reference = TorchRuntime(model.eval(), spec, cpu)
+    model = copy.deepcopy(model).eval()  # the caller's keeps its mode and device
+    reference = TorchRuntime(model, spec, torch.device("cpu"))
     writers: dict[str, Callable[[Path], None]] = {
         "onnx": partial(_write_onnx, model, spec, calibration=calibration),
         "pt2": partial(_write_pt2, model, spec),

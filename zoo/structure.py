@@ -1,11 +1,14 @@
 """The mixing structure of a model, level by level, and where its multiply-accumulates are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import timm
 from torch import nn
 
+from .checkpoints.card import NOT_MODEL_ARGS
 from .layers.block_linear import LevelView
 from .layers.butterfly_attention import ButterflyAttention
 from .layers.butterfly_conv import ChannelTranspose
@@ -57,15 +60,19 @@ def _level(name: str, mixes: str, level: tuple[int, int, int]) -> MixingLevel:
     return MixingLevel(name, mixes, groups * radix * stride, radix, stride, groups, 1 / (groups * stride))
 
 
-def macs_against_dense(model: Any, name: str, input_size: tuple[int, ...]) -> list[dict[str, Any]]:
+def macs_against_dense(
+    model: Any, name: str, input_size: tuple[int, ...], model_args: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """MACs for one image of the whole model (`module` is "") and of each part, beside those of its dense twin.
 
-    `dense` is None where the architecture `name` has no twin, or the twin no such part.
+    `dense` is None where the architecture `name` has no twin, or the twin no such part. `model_args` are the keyword
+    arguments in which the model differs from the architecture; its twin has them too, but for `mixing`.
     """
     ours = macs_by_module(model, input_size)
     twin: dict[str, int] = {}
     if twin_name := dense_twin(name):
-        shape = {"num_classes": model.num_classes, "in_chans": input_size[0]}
+        shape = {key: value for key, value in model_args.items() if key not in NOT_MODEL_ARGS | {"mixing"}}
+        shape |= {"num_classes": model.num_classes, "in_chans": input_size[0]}
         if model.pretrained_cfg.get("fixed_input_size"):
             shape["img_size"] = input_size[1:]
         twin = macs_by_module(timm.create_model(twin_name, **shape), input_size)

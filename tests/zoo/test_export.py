@@ -1,5 +1,6 @@
 """Every kind of export answers as the model does and carries its metadata; nothing unverified keeps its name."""
 
+import copy
 import io
 import json
 import pickle
@@ -63,6 +64,14 @@ def test_an_archive_answers_in_lanes_side_by_side(archive, reference, cifar_rows
         torch.set_num_threads(threads)
     expected = [[p.score for p in answer] for answer in reference.predict(photos)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_exporting_leaves_the_model_as_it_was(loaded, images, tmp_path):
+    model = copy.deepcopy(loaded[0]).train()
+    export_model(model, loaded[1], "safetensors", tmp_path / "m.safetensors", images, atol=1e-6)
+    assert model.training
+    state = model.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in loaded[0].state_dict().items())
 
 
 def test_safetensors_carry_labels_and_preprocessing_without_a_card_beside_them(loaded, images, tiny, tmp_path):

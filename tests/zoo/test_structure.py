@@ -69,6 +69,13 @@ def test_the_twin_takes_the_size_and_the_channels_of_the_model(name, args, size)
     assert whole["dense"] == count_macs(timm.create_model(f"{name}_dense", num_classes=10, **args), size)
 
 
+def test_the_twin_differs_from_its_architecture_as_the_model_does():
+    name, args = "butterfly_mixer_nano_32", {"depth": 2, "mixing": "monarch"}
+    model = timm.create_model(name, num_classes=10, **args)
+    whole, *_ = macs_against_dense(model, name, (3, 32, 32), {**args, "pretrained": True})
+    assert whole["dense"] == count_macs(timm.create_model(f"{name}_dense", num_classes=10, depth=2), (3, 32, 32))
+
+
 def test_a_model_without_a_twin_stands_alone():
     model = timm.create_model("test_resnet", num_classes=10)
     assert macs_against_dense(model, "test_resnet", (3, 32, 32))[0]["dense"] is None
