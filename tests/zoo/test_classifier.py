@@ -97,6 +97,11 @@ def test_a_stream_goes_on_past_a_broken_image(classifier, photo, tmp_path):
         classifier.predict([tmp_path / "none.png"])
 
 
+def test_a_stream_of_empty_batches_is_refused(classifier, photo):
+    with pytest.raises(ValueError, match="batch_size=0 holds no image"):
+        list(classifier.stream([photo], batch_size=0))
+
+
 def test_a_stream_is_lazy(classifier, cifar_rows):
     endless = itertools.cycle([cifar_rows[0][0]])
     results = list(itertools.islice(classifier.stream(endless, batch_size=4, workers=2), 6))
