@@ -23,6 +23,7 @@ from dimmix.registry import dense_twin
 from . import layers, models, operators, plots
 from .check import shortfalls
 from .machine import describe
+from .trained import unbundled
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -64,9 +65,10 @@ QUICK = Plan(seconds=1)
 
 
 def full_plan() -> Plan:
-    """Everything, the models with weights among it."""
-    trained = {card.architecture for card in cards().values() if card.dataset == "cifar10"}
-    bundled = {name for name in trained if dense_twin(name)}
+    """Everything, among it the sparse models with weights and all dense ones that were trained."""
+    bundled = {card.architecture for card in cards().values() if dense_twin(card.architecture)}
+    trained = {card.architecture for card in [*cards().values(), *unbundled()]}
+    dense = {name for name in trained if not dense_twin(name)} - set(TIMM)
     return Plan(
         seconds=0.5,
         linear=(256, 1024, 4096),
@@ -74,7 +76,7 @@ def full_plan() -> Plan:
         backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),
         models=tuple(dict.fromkeys((*SPARSE, *sorted(bundled)))),
         compiled=tuple(sorted(bundled)) or SPARSE[:1],
-        others=(*sorted(trained - bundled), *TIMM),
+        others=(*sorted(dense), *TIMM),
         equals=("fused", "onnxruntime"),
         operators=True,
     )

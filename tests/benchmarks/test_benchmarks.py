@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks import plots
-from benchmarks.__main__ import Plan, _line, main
+from benchmarks.__main__ import Plan, _line, full_plan, main
 from benchmarks.check import shortfalls
 from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
+from benchmarks.trained import unbundled
+from dimmix.checkpoints import cards
+from dimmix.registry import dense_twin
 
 TINY = Plan(
     seconds=0,
@@ -48,6 +51,16 @@ def test_writes_a_file_a_subject_with_the_machine_and_the_plots(folder):
     machine = json.loads((folder / "linear.json").read_text())["machine"]
     assert machine["cores"] >= 1
     assert "torch" in machine["versions"]
+
+
+def test_the_whole_plan_times_what_has_weights_and_each_dense_twin_once():
+    plan = full_plan()
+    timed = [*plan.models, *plan.others]
+    assert len(timed) == len(set(timed))
+    assert {card.architecture for card in cards().values()} <= set(timed)
+    twins = {dense_twin(name) for name in plan.models} & {card.architecture for card in unbundled()}
+    assert "butterfly_mixer_nano_32_dense" in twins
+    assert twins <= set(timed)
 
 
 def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
