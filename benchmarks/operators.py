@@ -21,6 +21,8 @@ KINDS = {
     "baddbmm": "batched product",
     "baddbmm_": "batched product",
     "_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "dimmix::mix": "butterfly kernel",
+    "dimmix::attend": "attention kernel",
     "native_channel_shuffle": "channel shuffle",
     "native_layer_norm": "LayerNorm",
     "gelu": "GELU",
@@ -32,7 +34,7 @@ KINDS = {
     "copy_": "copy",
     "cat": "copy",
 }
-"""Names of torch's operators in a table; others keep their own."""
+"""Names of operators, torch's and ours, in a table; others keep their own."""
 
 
 def operators(names: Iterable[str], batch: int) -> list[Record]:

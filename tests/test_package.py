@@ -1,5 +1,6 @@
 """What an installation puts on the disk."""
 
+import shutil
 from importlib.metadata import distributions
 
 import pytest
@@ -23,3 +24,10 @@ def test_the_wheel_holds_weights_cards_and_types():
     files = _installed()
     name = "dimmix/checkpoints/butterfly_resnet20_convmix_w32.cifar10"
     assert {f"{name}.json", f"{name}.safetensors", "dimmix/py.typed", "dimmix_cli/py.typed"} <= files
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler to build the kernels with")
+def test_the_wheel_holds_the_kernels_and_not_their_source():
+    files = _installed()
+    assert any(file.startswith("dimmix/_native.") for file in files)
+    assert not any(file.startswith("dimmix/native/") for file in files)

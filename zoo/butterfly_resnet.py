@@ -222,6 +222,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "butterfly_resnet_fast_r64_32": _FAST | {"radix": (32, 64, 64), "first_radix": (32, 64, 64)},
         # Groups widen as maps shrink: narrow ones where there are few channels, wide ones where most weights are.
         "butterfly_resnet_fast_r128_32": _FAST | {"radix": (16, 64, 128), "first_radix": (16, 64, 128)},
+        "butterfly_resnet_fast_r256_32": _FAST | {"radix": (16, 32, 256), "first_radix": (16, 32, 256)},
         "butterfly_resnet_fast_blockmix_32": _FAST | {"mixing": "block", "radix": (32, 16, 16), "first_radix": None},
         "butterfly_resnet_nano_32": _NANO,
         "butterfly_resnet_tiny_32": _TINY,

@@ -154,7 +154,7 @@ def test_small_groups_in_bfloat16_attend_by_products_too(monkeypatch):
     assert actual.dtype == torch.bfloat16
     assert (actual.double() - expected).abs().max() < 0.02
     with torch.no_grad(), pytest.raises(TypeError):
-        layer.float()(x.float())  # by the fused kernel
+        layer.double()(x)  # by the fused kernel
 
 
 @pytest.mark.parametrize("bias", [True, False])

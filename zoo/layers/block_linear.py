@@ -13,6 +13,9 @@ what passes between the levels stays in its cache; and what is small comes back 
 Large blocks and many rows need no features-first layout there: a level is a convolution in groups over pixels whose
 channels are the features (`pointwise`), between two transposes of the channels, or on its own where its stride is 1.
 Rows stay whole then: a convolution of few is slow.
+
+All of that is for bfloat16, and for machines without our own kernels: where those are, and for float32, they take every
+level at once (`native`).
 """
 
 import math
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
+from . import native
 from .eager import is_hooked, runs_eagerly
 from .permute import Permute, transpose_last
 from .pointwise import folds_into_pixels, to_pixels, to_rows
@@ -93,9 +97,9 @@ class BlockLinear(nn.Module):
 
 
 class FeatureMixer(nn.Module):
-    """Base of the layers that mix one axis: they define `mix`, features first, and get `forward`, features last.
+    """Base of the layers that mix one axis: they define `mix_levels`, features first, and get `mix` and `forward`.
 
-    Those made of blocks of `block` features define `mix_pixels` too, the same with features last throughout.
+    Those made of blocks of `block` features define `steps` too, and `mix_pixels`, which has features last throughout.
     """
 
     block = 0
@@ -105,7 +109,28 @@ class FeatureMixer(nn.Module):
 
         With `features_last` the result is (rows, out_features).
         """
+        if not torch.jit.is_scripting():
+            y = self.mix_natively(x, features_last)
+            if y is not None:
+                return y
+        return self.mix_levels(x, features_last)
+
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """`mix` by torch's operators."""
         raise NotImplementedError
+
+    @torch.jit.unused
+    def mix_natively(self, x: Tensor, features_last: bool) -> Tensor | None:
+        """`mix` by our kernels, or None where they do not apply."""
+        if not native.takes(x):
+            return None
+        steps = self.steps()
+        return native.mix(x, steps, features_last) if steps else None
+
+    @torch.jit.unused
+    def steps(self) -> list[native.Step]:
+        """The levels for `native.mix`; none where a part is not as it was built, and has to be called."""
+        return []
 
     @torch.jit.unused
     def mix_pixels(self, x: Tensor) -> Tensor:
@@ -120,15 +145,19 @@ class FeatureMixer(nn.Module):
 
     @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
+        y = self.mix_natively(x.t(), True)
+        if y is not None:
+            return y
         if not runs_eagerly(x):
             if torch.compiler.is_exporting():
-                return self.mix(x.t()).flatten(0, -2).t()  # onnxruntime turns a matrix fast, and more axes slowly
-            return self.mix(x.t(), True)
+                # onnxruntime turns a matrix fast, and more axes slowly
+                return self.mix_levels(x.t()).flatten(0, -2).t()
+            return self.mix_levels(x.t(), True)
         if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x) and not any(map(is_hooked, self.modules())):
             return to_rows(self.mix_pixels(to_pixels(x)))
         if x.numel() <= SMALL:
-            return self.mix(x.t()).flatten(0, -2).t()
-        return _in_tiles(lambda tile: self.mix(tile.t(), True), x, max(TILE // x.shape[1], 1))
+            return self.mix_levels(x.t()).flatten(0, -2).t()
+        return _in_tiles(lambda tile: self.mix_levels(tile.t(), True), x, max(TILE // x.shape[1], 1))
 
 
 def _in_tiles(mix: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
+from . import native
 from .eager import on_cpu_untraced
 from .permute import Permute
 from .pointwise import Linear, beats_a_product, is_plain, pointwise
@@ -95,6 +96,8 @@ class ButterflyAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
+        if not torch.jit.is_scripting() and self.radix <= native.LONGEST and native.takes(q):
+            return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
         q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
             if torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:

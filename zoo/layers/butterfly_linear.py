@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
+from .eager import is_hooked
+from .native import Step, steps_of
 
 
 class ButterflyFactor(nn.Module):
@@ -30,6 +32,14 @@ class ButterflyFactor(nn.Module):
         if features_last:
             return self.view.merge_last(self.linear(x, None, True))
         return self.view.merge(self.linear(x))
+
+    @torch.jit.unused
+    def step(self) -> Step | None:
+        """The factor for `native.mix`, or None where something of it has to be called."""
+        view, linear = self._modules["view"], self._modules["linear"]
+        if view.permute is not None or is_hooked(self) or type(linear) is not BlockLinear or is_hooked(linear):
+            return None
+        return Step(view.groups, view.stride, self.in_block, self.out_block, linear.weight, linear.bias)
 
 
 class ButterflyLinear(FeatureMixer):
@@ -70,7 +80,12 @@ class ButterflyLinear(FeatureMixer):
             factors.append(ButterflyFactor(view, in_block, out_block, bias and i == last, device=device, dtype=dtype))
         self.factors = nn.Sequential(*factors)
 
-    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+    @torch.jit.unused
+    def steps(self) -> list[Step]:
+        """One product for each factor."""
+        return steps_of(self.factors)
+
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (in_features, rows) -> out_features in natural order, leading axes split, rows last.
 
         With `features_last` the result is (rows, out_features).

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
+from .eager import is_hooked
+from .native import Step, steps_of
 from .pointwise import Linear, is_plain
+
+
+def _is_idle(drop: nn.Module) -> bool:
+    """Whether a dropout, or what stands in its place, passes everything on and nobody watches it."""
+    return (isinstance(drop, nn.Identity) or not drop.training) and not is_hooked(drop)
 
 
 class DenseMlp(FeatureMixer):
@@ -20,7 +27,7 @@ class DenseMlp(FeatureMixer):
         self.fc2 = Linear(hidden, n, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
-    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
         plain = True
         if not torch.jit.is_scripting():
@@ -59,7 +66,15 @@ class MonarchMlp(FeatureMixer):
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
         self.block = radix
 
-    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+    @torch.jit.unused
+    def steps(self) -> list[Step]:
+        """Those of both Linears, the GELU between them in the last step of the first."""
+        first, second = self.fc1.steps(), self.fc2.steps()
+        if not (first and second and _is_idle(self.drop)) or is_hooked(self.fc1) or is_hooked(self.fc2):
+            return []
+        return [*first[:-1], first[-1]._replace(activate=True), *second]
+
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
 
         With `features_last` the result is (rows, n).
@@ -97,6 +112,18 @@ class BlockMlp(nn.Module):
             assert not self.residual, "the last level of a ButterflyMlp has no residual"
             return self.view.merge_last(self.fc2(y, None, True))
         return self.view.merge(self.fc2(y, x if self.residual else None))
+
+    @torch.jit.unused
+    def step(self) -> Step | None:
+        """The level for `native.mix`, or None where something of it has to be called."""
+        view, fc1, fc2, drop = (self._modules[name] for name in ("view", "fc1", "fc2", "drop"))
+        if view.permute is not None or is_hooked(self) or not _is_idle(drop):
+            return None
+        if type(fc1) is not BlockLinear or is_hooked(fc1) or type(fc2) is not BlockLinear or is_hooked(fc2):
+            return None
+        radix, weight = self.radix, fc1.weight
+        first = (view.groups, view.stride, radix, radix, weight, fc1.bias, weight.shape[1])
+        return Step(*first, fc2.weight, fc2.bias, self.residual)
 
     @torch.jit.unused
     def forward_pixels(self, x: Tensor) -> Tensor:
@@ -140,7 +167,12 @@ class ButterflyMlp(FeatureMixer):
             *[BlockMlp(view, radix, ratio, drop, add, device, dtype) for view, add in zip(views, adds, strict=True)]
         )
 
-    def mix(self, x: Tensor, features_last: bool = False) -> Tensor:
+    @torch.jit.unused
+    def steps(self) -> list[Step]:
+        """One MLP of blocks for each level."""
+        return steps_of(self.levels)
+
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
 
         With `features_last` the result is (rows, n).

@@ -11,6 +11,14 @@ def runs_eagerly(x: Tensor) -> bool:
 
 
 @torch.jit.unused
+def infers_on_cpu(x: Tensor) -> bool:
+    """Inference on a CPU, eager or compiled, whose operators nobody writes down for elsewhere."""
+    if torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+        return False
+    return not torch.jit.is_tracing() and x.device.type == "cpu"
+
+
+@torch.jit.unused
 def on_cpu_untraced(x: Tensor) -> bool:
     """A pass on a CPU, with or without gradients, that nobody traces or compiles."""
     return not (

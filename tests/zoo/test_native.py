@@ -1,0 +1,219 @@
+"""Our own kernels, on each instruction set that this machine has, against torch's operators in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from dimmix.butterfly import ButterflySchedule
+from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, MonarchMlp, native
+from dimmix.profile import count_macs
+
+pytestmark = pytest.mark.skipif(
+    not native.INSTRUCTIONS, reason="no kernels: no compiler when dimmix was installed, or no AVX2"
+)
+
+SIZES = [(64, 8), (121, 11), (64, 4), (81, 3), (12, 12), (400, 20)]
+ROWS = [1, 15, 16, 33, 64, 70]  # parts of a tile, tiles of both widths, and tiles with a part at the end
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def instructions(request):
+    """The kernels for one instruction set."""
+    if native._native.use(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    torch.manual_seed(0)
+    yield request.param
+    native._native.use(native.INSTRUCTIONS)
+
+
+def _layers(n, radix):
+    yield ButterflyLinear(n, n, radix)
+    yield ButterflyLinear(n, 3 * n, radix)
+    yield ButterflyLinear(2 * n, n, radix, bias=False)
+    yield ButterflyMlp(n, radix)
+    yield ButterflyMlp(n, radix, ratio=3, residual=True)
+    yield MonarchMlp(n, radix)
+
+
+@torch.no_grad()
+def _difference(layer, x, features_last):
+    """The largest one to the same in float64, in units of the result's largest number."""
+    actual = layer.mix_natively(x, features_last)
+    expected = layer.double().mix_levels(x.double(), features_last)
+    layer.float()
+    if not features_last:
+        expected = expected.reshape(-1, x.shape[1])
+    assert actual.shape == expected.shape
+    assert actual.is_contiguous()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("n", "radix"), SIZES)
+def test_levels_are_what_torch_makes_of_them(instructions, n, radix):
+    for layer in _layers(n, radix):
+        features = layer.in_features if isinstance(layer, ButterflyLinear) else n
+        for rows in ROWS:
+            for x in (
+                torch.randn(features, rows),
+                torch.randn(rows, features).t(),
+                torch.randn(2 * features, 2 * rows)[::2, ::2],
+            ):
+                assert _difference(layer, x, features_last=False) < 2e-6
+                assert _difference(layer, x, features_last=True) < 2e-6
+
+
+@pytest.mark.parametrize("dim", [8, 12, 40])
+@pytest.mark.parametrize(("n", "radix"), [(64, 8), (16, 4), (81, 9), (144, 12), (64, 64), (100, 100)])
+def test_attention_is_what_torch_makes_of_it(instructions, n, radix, dim):
+    for level in ButterflySchedule(n, radix).levels:
+        layer = ButterflyAttention(dim, level, num_heads=2)
+        q, k, v = (torch.randn(2 * n, dim) for _ in range(3))
+        with torch.no_grad():
+            actual = layer.attend(q, k, v)
+            expected = layer.attend(q.double(), k.double(), v.double())
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() < 2e-6
+
+
+def test_queries_keys_and_values_may_lie_side_by_side(instructions):
+    qkv = torch.randn(64, 3 * 24)
+    parts = qkv.chunk(3, 1)
+    expected = native.attend(*(part.contiguous() for part in parts), 8, 8, 2)
+    assert torch.equal(native.attend(*parts, 8, 8, 2), expected)
+
+
+def test_large_scores_do_not_overflow(instructions):
+    q = torch.full((8, 4), 300.0)
+    v = torch.randn(8, 4)
+    assert (native.attend(q, q, v, 8, 1, 1) - v.mean(0)).abs().max() < 1e-6
+
+
+def test_gelu_near_zero_and_far_from_it(instructions):
+    layer = ButterflyMlp(4, 4)
+    with torch.no_grad():
+        for part in layer.levels:
+            part.fc1.weight.zero_()
+            part.fc1.weight[0, :4] = torch.eye(4)
+            part.fc1.bias.zero_()
+            part.fc2.weight.zero_()
+            part.fc2.weight[0, :, :4] = torch.eye(4)
+            part.fc2.bias.zero_()
+        x = torch.tensor([-30.0, -4.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 6.0, 1e4, 0.5, -0.5, 2.0]).view(3, 4)
+        error = (layer(x) - nn.functional.gelu(x.double())).abs()
+    assert (error / x.abs().clamp(min=1)).max() < 5e-7
+
+
+def test_what_is_not_a_number_stays_so(instructions):
+    layer, attention = ButterflyMlp(16, 4), ButterflyAttention(4, ButterflySchedule(16, 4).levels[1], 1)
+    x, q = torch.randn(40, 16), torch.randn(16, 4)
+    x[3, 5] = q[0, 0] = torch.nan
+    with torch.no_grad():
+        assert layer(x).isnan().any(1).nonzero().tolist() == [[3]]
+        assert attention.attend(q, q, q).isnan().any(1).nonzero().flatten().tolist() == [0, 4, 8, 12]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The rows of each call of `native.mix`."""
+    seen, mix = [], native.mix
+
+    def count(x, steps, features_last):
+        seen.append(x.shape[1])
+        return mix(x, steps, features_last)
+
+    monkeypatch.setattr(native, "mix", count)
+    return seen
+
+
+def _altered():
+    def hooked(layer):
+        layer.levels[0].fc2.register_forward_hook(lambda *_: None)
+
+    def pruned(layer):
+        prune.l1_unstructured(layer.levels[1].fc1, "weight", 0.5)
+
+    def normed(layer):
+        nn.utils.parametrizations.weight_norm(layer.levels[0].fc1)
+
+    def replaced(layer):
+        layer.levels[1].fc2 = nn.Sequential(layer.levels[1].fc2)
+
+    def strided(layer):
+        layer.levels[0].fc1.weight.data = layer.levels[0].fc1.weight.data.mT.contiguous().mT
+
+    def dropping(layer):
+        layer.levels[0].drop = nn.Dropout(0.5)
+        layer.train()
+
+    return [hooked, pruned, normed, replaced, strided, dropping]
+
+
+@pytest.mark.parametrize("alter", _altered(), ids=lambda alter: alter.__name__)
+def test_what_was_altered_is_called(calls, alter):
+    layer, x = ButterflyMlp(16, 4).eval(), torch.randn(20, 16)
+    with torch.no_grad():
+        layer(x)
+        assert calls == [20]
+        alter(layer)
+        if alter.__name__ != "replaced":  # which has no features_last
+            layer(x)
+        else:
+            assert layer.steps() == []
+    assert calls == [20]
+
+
+def test_where_the_kernels_are_not_taken(calls):
+    layer, x = ButterflyMlp(16, 4), torch.randn(20, 16)
+    layer(x)  # gradients are wanted
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer(x[:0])
+        ButterflyMlp(12, 2)(torch.randn(20, 12))  # a shuffle between levels
+        layer.bfloat16()(x.bfloat16())
+        layer.double()(x.double())
+        torch.export.export(layer, (x.double(),))
+    assert calls == []
+
+
+def test_a_compiled_layer_takes_the_kernels():
+    layer, x = ButterflyMlp(16, 4), torch.randn(20, 16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    torch.library.opcheck(torch.ops.dimmix.attend.default, (x, x, x, 4, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"), [("butterfly_mixer_paper_d7", 8_686_986), ("vit_butterfly_paper_patch4_d4", 34_600_000)]
+)
+def test_multiply_accumulates_are_counted(monkeypatch, name, macs):
+    model = timm.create_model(name, num_classes=10)
+    counted = count_macs(model, (3, 32, 32))
+    assert counted == pytest.approx(macs, rel=2e-3)
+    monkeypatch.setattr(native, "INSTRUCTIONS", "")
+    assert count_macs(model, (3, 32, 32)) == counted
+
+
+@pytest.mark.parametrize(("wish", "expected"), [("0", ""), ("avx2", "avx2"), ("sse9", native.INSTRUCTIONS)])
+def test_the_environment_chooses(wish, expected):
+    code = "from dimmix.layers import native; print(native.INSTRUCTIONS)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DIMMIX_NATIVE": wish}, capture_output=True, text=True
+    )
+    assert done.stdout == expected + "\n"
+
+
+@pytest.mark.parametrize("name", ["butterfly_mixer_nano_32", "vit_butterfly_nano_patch4_32"])
+def test_models_answer_the_same_without(monkeypatch, name):
+    model, x = timm.create_model(name, num_classes=10).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        by_kernels = model(x)
+        monkeypatch.setattr(native, "INSTRUCTIONS", "")
+        assert (model(x) - by_kernels).abs().max() < 1e-5

@@ -1,0 +1,160 @@
+"""Mixing layers by kernels of our own, where a C++ compiler was at hand when dimmix was installed (zoo/native).
+
+Torch runs a level as a batch of small products between copies: every step goes to memory and back. The kernels take a
+tile of rows through all levels of a layer at once, in the cache. They are operators of torch (`torch.ops.dimmix`), for
+inference in float32 on x86-64 with AVX2 or AVX-512; everywhere else, and for gradients, torch's own operators do it.
+`DIMMIX_NATIVE=0` in the environment leaves the kernels out, and `DIMMIX_NATIVE=avx2` takes these where there are wider.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from .eager import infers_on_cpu
+
+try:
+    from dimmix import _native  # type: ignore[attr-defined]
+except ImportError:  # no compiler, or another system
+    _native = None
+
+
+def _choose(wish: str) -> str:
+    """The instruction set in use: "avx512", "avx2" or "" for none."""
+    if _native is None or wish == "0":
+        return ""
+    return _native.use(wish) or _native.use("")
+
+
+INSTRUCTIONS = _choose(os.environ.get("DIMMIX_NATIVE", ""))
+
+
+LONGEST = 1024
+"""Tokens in a group up to which our attention is the faster one."""
+
+
+class Step(NamedTuple):
+    """One level: a block-diagonal product, or with `hidden` an MLP in each block, (GELU between its two products).
+
+    Blocks are `groups * stride`; block (g, o) takes features (g * inner + i) * stride + o and gives (g * outer + j) *
+    stride + o. Weights are (blocks, out, in), biases (blocks, out) or None. `residual` adds the block's input;
+    `activate` ends in a GELU.
+    """
+
+    groups: int
+    stride: int
+    inner: int
+    outer: int
+    weight: Tensor
+    bias: Tensor | None
+    hidden: int = 0
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    residual: bool = False
+    activate: bool = False
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@torch.jit.unused
+def takes(x: Tensor) -> bool:
+    """Whether the kernels may take x: inference in plain float32 on a CPU that they know."""
+    if not INSTRUCTIONS or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    return type(x) in _PLAIN and x.dtype == torch.float32 and x.numel() > 0
+
+
+def steps_of(parts: nn.Module) -> list[Step]:
+    """What `step()` of each child gives; none at all where one of them gives None, or weights that are not plain."""
+    steps = []
+    for part in parts._modules.values():
+        step = part.step()
+        if step is None or not all(map(_is_plain, (step.weight, step.bias, step.weight2, step.bias2))):
+            return []
+        steps.append(step)
+    return steps
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    return weight is None or (type(weight) in _PLAIN and weight.dtype == torch.float32 and weight.is_contiguous())
+
+
+def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
+    """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features)."""
+    weights: list[Tensor | None] = []
+    shapes: list[int] = []
+    for groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, residual, activate in steps:
+        weights += (weight, bias, weight2, bias2)
+        shapes += (groups, stride, inner, outer, hidden, int(residual), int(activate))
+    return _mix_operator(x, weights, shapes, features_last)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
+    """q, k and v of tokens, (B * N, C) each -> attention inside groups of `radix` tokens `stride` apart, (B * N, C)."""
+    return _attend_operator(q, k, v, radix, stride, heads)
+
+
+_NUMBERS = 7  # of a step, beside its four tensors
+_library = torch.library.Library("dimmix", "DEF")
+_library.define("mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last) -> Tensor")
+_library.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
+_mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix.attend.default
+
+
+def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
+    groups, stride, _, outer = shapes[-_NUMBERS:][:4]
+    features, rows = groups * stride * outer, x.shape[1]
+    return x.new_empty((rows, features) if features_last else (features, rows))
+
+
+def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
+    if 1 not in x.stride():
+        x = x.contiguous()
+    y = _empty(x, shapes, features_last)
+    by_feature = y.t() if features_last else y
+    pointers = [0 if w is None else w.data_ptr() for w in weights]
+    _native.mix(x.data_ptr(), *x.stride(), y.data_ptr(), *by_feature.stride(), x.shape[1], shapes, pointers)
+    return y
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
+    if not (q.stride() == k.stride() == v.stride() and q.stride(1) == 1):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    tokens, channels = q.shape
+    out = q.new_empty(tokens, channels)
+    _native.attend(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), tokens, radix, stride, heads, channels // heads,
+        q.stride(0),
+    )  # fmt: skip
+    return out
+
+
+_library.impl("mix", _mix, "CPU")
+_library.impl("attend", _attend, "CPU")
+
+
+@torch.library.register_fake("dimmix::mix", lib=_library)
+def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
+    return _empty(x, shapes, features_last)
+
+
+@torch.library.register_fake("dimmix::attend", lib=_library)
+def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@register_flop_formula(torch.ops.dimmix.mix)
+def _mix_flops(x_shape, weights_shape, shapes, features_last, out_shape=None, **kwargs) -> int:
+    """Each weight of a matrix is multiplied and added once a row."""
+    matrices = [shape for shape in weights_shape if shape is not None and len(shape) == 3]
+    return 2 * x_shape[1] * sum(blocks * outer * inner for blocks, outer, inner in matrices)
+
+
+@register_flop_formula(torch.ops.dimmix.attend)
+def _attend_flops(q_shape, k_shape, v_shape, radix, stride, heads, out_shape=None, **kwargs) -> int:
+    """Two products of (radix, head_dim) and (radix, radix) a group and head."""
+    return 4 * q_shape[0] * q_shape[1] * radix

@@ -1,0 +1,12 @@
+// What module.cpp includes once for each instruction set: all kernels for vectors of LANES floats.
+
+#include "vectors.h"
+#include "mix.h"
+#include "attend.h"
+
+#define NAME_OF(lanes) ((lanes) == 16 ? "avx512" : "avx2")
+static const Kernels kernels = {NAME_OF(LANES), TILE, mix_memory, mix, attend_memory, attend};
+
+#undef INLINE
+#undef TILE
+#undef NAME_OF

@@ -1,0 +1,96 @@
+// The levels of a butterfly over one axis, all of them on a tile of rows at a time, which stays in the cache.
+//
+// A tile is (features, TILE): features first, so that a block product of any radix and stride reads whole vectors of
+// rows, and no weight is packed. Rows come from memory a block at a time, and go back after the last level.
+
+#define TILE (2 * LANES)
+
+// A view of (features, rows) in memory, where one of the two strides is 1.
+struct View {
+    float *data;
+    long feature, row;  // strides in floats
+    View at(long f, long r) const { return {data + f * feature + r * row, feature, row}; }
+};
+
+// The features of a view, `step` apart, for `rows` rows of a tile; the rows beyond are 0.
+static void gather(View x, long features, long step, long rows, float *tile) {
+    if (rows < TILE) memset(tile, 0, 4 * TILE * features);
+    if (x.row == 1)
+        for (long f = 0; f < features; f++) {
+            const float *from = x.data + f * step * x.feature;
+            if (rows == TILE)
+                memcpy(tile + f * TILE, from, 4 * TILE);
+            else
+                memcpy(tile + f * TILE, from, 4 * rows);
+        }
+    else if (step == 1)
+        transpose({x.data, x.row}, rows, features, {tile, TILE});
+    else
+        for (long f = 0; f < features; f++)
+            for (long r = 0; r < rows; r++) tile[f * TILE + r] = x.data[f * step * x.feature + r * x.row];
+}
+
+// All features of a tile, for `rows` of its rows, to a view.
+static void scatter(const float *tile, long features, long rows, View y) {
+    const Matrix in = {(float *)tile, TILE};
+    if (y.row == 1)
+        copy(in, features, rows, {y.data, y.feature});
+    else
+        transpose(in, features, rows, {y.data, y.row});
+}
+
+static void activate(float *x, long vectors) {
+    for (long i = 0; i < vectors; i++) store(x + i * LANES, gelu(load(x + i * LANES)));
+}
+
+// One level from x to y. They may be the same tile where blocks give as many features as they take, since every block is
+// copied to `packed` before it is written.
+static void level(const Level &l, View x, View y, float *packed, float *hidden) {
+    const Matrix in = {packed, TILE}, between = {hidden, TILE};
+    const long first = l.hidden ? l.hidden : l.outer;  // features that the first product of a block gives
+    for (long group = 0; group < l.groups; group++)
+        for (long offset = 0; offset < l.stride; offset++) {
+            const long block = group * l.stride + offset;
+            gather(x.at(group * l.inner * l.stride + offset, 0), l.inner, l.stride, TILE, packed);
+            const Matrix out = {y.at(group * l.outer * l.stride + offset, 0).data, l.stride * y.feature};
+            const Matrix weight = {(float *)l.weight + block * first * l.inner, l.inner};
+            const float *bias = l.bias ? l.bias + block * first : nullptr;
+            if (!l.hidden) {
+                product<2>(l.outer, weight, l.inner, in, out, bias);
+                continue;
+            }
+            product<2>(l.hidden, weight, l.inner, in, between, bias);
+            activate(hidden, 2 * l.hidden);
+            product<2>(
+                l.outer, {(float *)l.weight2 + block * l.outer * l.hidden, l.hidden}, l.hidden, between, out,
+                l.bias2 ? l.bias2 + block * l.outer : nullptr, l.residual ? in : none);
+        }
+}
+
+// All levels on the rows from `tile * TILE` on.
+static void mix(const Mix &m, long tile, float *memory) {
+    const long row = tile * TILE, rows = m.rows - row < TILE ? m.rows - row : TILE;
+    float *packed = memory, *hidden = packed + m.packed * TILE;
+    float *here = hidden + m.hidden * TILE, *there = here + m.widest * TILE;
+    const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
+    const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
+    // Rows side by side are read and written where they lie. Rows far apart come and go whole, as the memory likes it.
+    const bool reads = in.row == 1 && rows == TILE, writes = out.row == 1 && rows == TILE;
+    if (!reads) gather(in, m.in, 1, rows, here);
+    View x = reads ? in : View{here, TILE, 1};
+    for (long i = 0; i < m.count; i++) {
+        const Level &l = m.levels[i];
+        View y = {here, TILE, 1};
+        if (writes && i == m.count - 1 && !l.activate)
+            y = out;
+        else if (x.data == here && l.inner != l.outer)
+            y.data = there;
+        level(l, x, y, packed, hidden);
+        if (l.activate) activate(y.data, 2 * l.groups * l.stride * l.outer);
+        if (y.data == there) there = here, here = y.data;
+        x = y;
+    }
+    if (x.data == here) scatter(here, m.out, rows, out);
+}
+
+static long mix_memory(const Mix &m) { return TILE * (m.packed + m.hidden + 2 * m.widest); }

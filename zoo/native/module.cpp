@@ -1,0 +1,203 @@
+// dimmix._native: mixing layers on x86-64, where AVX2 or AVX-512 is. Python calls it with addresses; layers/native.py is the
+// only caller and has checked shapes, types and strides.
+
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+// One level over groups * inner * stride features; see ButterflySchedule. With `hidden`, each block is an MLP.
+struct Level {
+    long groups, stride, inner, outer, hidden, residual, activate;
+    const float *weight, *bias, *weight2, *bias2;
+};
+
+struct Mix {
+    const float *x;
+    float *y;
+    long x_feature, x_row, y_feature, y_row;  // strides in floats
+    long rows, in, out, widest, packed, hidden;  // features of x, of y; most of them in a tile, a block, a block's MLP
+    long count;
+    const Level *levels;
+};
+
+// q, k and v are (tokens, pitch), their first heads * head_dim columns; out is (tokens, heads * head_dim).
+struct Attend {
+    const float *q, *k, *v;
+    float *out;
+    long tokens, radix, stride, heads, head_dim, pitch;
+    float scale;
+};
+
+// Memory of a thread's own, kept from call to call.
+class Scratch {
+    float *memory = nullptr;
+    long floats = 0;
+
+  public:
+    float *get(long wanted) {
+        if (wanted > floats) {
+            free(memory);
+            floats = posix_memalign((void **)&memory, 64, 4 * wanted) ? 0 : wanted;
+            if (!floats) memory = nullptr;
+        }
+        return memory;
+    }
+    ~Scratch() { free(memory); }
+};
+
+static thread_local Scratch scratch;
+
+// What an instruction set has.
+struct Kernels {
+    const char *name;
+    long tile;  // rows
+    long (*mix_memory)(const Mix &);
+    void (*mix)(const Mix &, long tile, float *memory);
+    long (*attend_memory)(const Attend &);
+    void (*attend)(const Attend &, long task, float *memory);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define LANES 8
+#define BLOCK 4  // rows of a product in registers, of which there are 16
+#include "kernels.h"
+#undef LANES
+#undef BLOCK
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")
+namespace avx512 {
+#define LANES 16
+#define BLOCK 8  // of 32 registers
+#include "kernels.h"
+#undef LANES
+#undef BLOCK
+}  // namespace avx512
+#pragma GCC pop_options
+
+static const Kernels *find(const char *name) {
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (wide && (!*name || !strcmp(name, "avx512"))) return &avx512::kernels;
+    const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return narrow && (!*name || !strcmp(name, "avx2")) ? &avx2::kernels : nullptr;
+}
+#else
+static const Kernels *find(const char *) { return nullptr; }
+#endif
+
+static const Kernels *kernels = find("");
+
+// Runs tasks on the threads of the OpenMP that torch has loaded; false where a thread had no memory.
+template <class Work>
+static bool run(long tasks, long floats, const Work &work) {
+    bool enough = true;
+#pragma omp parallel for schedule(static) if (tasks > 1)
+    for (long task = 0; task < tasks; task++) {
+        float *memory = scratch.get(floats);
+        if (memory)
+            work(task, memory);
+        else
+            enough = false;
+    }
+    return enough;
+}
+
+static PyObject *answer(bool enough) {
+    if (!enough) return PyErr_NoMemory();
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers): of each level the 7 numbers and the 4 addresses of
+// `Level`, in two lists.
+static PyObject *py_mix(PyObject *, PyObject *args) {
+    const int most = 32, numbers = 7, addresses = 4;
+    Mix m = {};
+    unsigned long long x, y;
+    PyObject *shapes, *pointers;
+    if (!PyArg_ParseTuple(
+            args, "KllKlllO!O!", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type, &shapes,
+            &PyList_Type, &pointers))
+        return nullptr;
+    m.count = PyList_Size(shapes) / numbers;
+    if (!kernels || m.count < 1 || m.count > most || PyList_Size(pointers) != m.count * addresses) {
+        PyErr_SetString(PyExc_ValueError, "mix: no kernels here, or not 1 to 32 levels");
+        return nullptr;
+    }
+    Level levels[most];
+    for (long i = 0; i < m.count; i++) {
+        for (int k = 0; k < numbers; k++)
+            (&levels[i].groups)[k] = PyLong_AsLong(PyList_GetItem(shapes, i * numbers + k));
+        for (int k = 0; k < addresses; k++)
+            (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(pointers, i * addresses + k));
+    }
+    if (PyErr_Occurred()) return nullptr;
+    const auto raise_to = [](long &most, long value) { most = value > most ? value : most; };
+    for (long i = 0; i < m.count; i++) {
+        const Level &l = levels[i];
+        raise_to(m.packed, l.inner);
+        raise_to(m.hidden, l.hidden);
+        raise_to(m.widest, l.groups * l.stride * (l.inner > l.outer ? l.inner : l.outer));
+    }
+    m.in = levels[0].groups * levels[0].stride * levels[0].inner;
+    m.out = levels[m.count - 1].groups * levels[m.count - 1].stride * levels[m.count - 1].outer;
+    m.x = (const float *)x, m.y = (float *)y, m.levels = levels;
+    bool enough;
+    Py_BEGIN_ALLOW_THREADS;
+    enough = run((m.rows + kernels->tile - 1) / kernels->tile, kernels->mix_memory(m), [&](long tile, float *memory) {
+        kernels->mix(m, tile, memory);
+    });
+    Py_END_ALLOW_THREADS;
+    return answer(enough);
+}
+
+// attend(q, k, v, out, tokens, radix, stride, heads, head_dim, pitch)
+static PyObject *py_attend(PyObject *, PyObject *args) {
+    Attend a = {};
+    unsigned long long q, k, v, out;
+    if (!PyArg_ParseTuple(
+            args, "KKKKllllll", &q, &k, &v, &out, &a.tokens, &a.radix, &a.stride, &a.heads, &a.head_dim, &a.pitch))
+        return nullptr;
+    if (!kernels) {
+        PyErr_SetString(PyExc_ValueError, "attend: no kernels here");
+        return nullptr;
+    }
+    a.q = (const float *)q, a.k = (const float *)k, a.v = (const float *)v, a.out = (float *)out;
+    a.scale = 1 / sqrtf((float)a.head_dim);
+    bool enough;
+    Py_BEGIN_ALLOW_THREADS;
+    enough = run(a.tokens / a.radix * a.heads, kernels->attend_memory(a), [&](long task, float *memory) {
+        kernels->attend(a, task, memory);
+    });
+    Py_END_ALLOW_THREADS;
+    return answer(enough);
+}
+
+// use(name): the kernels for an instruction set, "" for the widest; returns its name, "" where there is none.
+static PyObject *py_use(PyObject *, PyObject *args) {
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+    const Kernels *found = find(name);
+    if (found) kernels = found;
+    return PyUnicode_FromString(found ? found->name : "");
+}
+
+static PyMethodDef methods[] = {
+    {"mix", py_mix, METH_VARARGS, "The levels of a butterfly over the features of rows."},
+    {"attend", py_attend, METH_VARARGS, "Attention inside the groups of a level."},
+    {"use", py_use, METH_VARARGS, "Choose an instruction set."},
+    {}};
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Mixing layers on a CPU.", -1, methods};
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }

@@ -1,0 +1,139 @@
+// Vectors of LANES floats, their functions, and the small matrix product that every kernel here is made of.
+//
+// Included once for each instruction set, inside a namespace of its own: module.cpp says which.
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int Integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int Order __attribute__((vector_size(32)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vector all(float x) { return Vector{} + x; }
+INLINE Vector load(const float *x) { return *(const Vector *)x; }
+INLINE void store(float *x, Vector value) { *(Vector *)x = value; }
+INLINE Vector at_most(Vector x, float bound) { return x > bound ? all(bound) : x; }  // both keep what is not a number
+INLINE Vector at_least(Vector x, float bound) { return x < bound ? all(bound) : x; }
+
+// e^x for x <= 0, to 2 units in the last place: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r.
+INLINE Vector exponential(Vector x) {
+    x = at_least(x, -87.0f);
+    const Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer n is in the lowest bits
+    const Vector n = shifted - 12582912.0f;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
+    Vector y = all(1.0f / 5040);
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r * r + r + 1.0f;
+    const Integers power = ((Integers)shifted - 0x4b400000 + 127) << 23;
+    return y * (Vector)power;
+}
+
+// x Phi(x), the exact GELU: erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit with
+// its weights moved until the largest error was smallest, 4.3e-8 before rounding.
+INLINE Vector gelu(Vector x) {
+    const Vector z = at_least(at_most(x * 0.70710678f, 3.92f), -3.92f);
+    const Vector u = z * z;
+    Vector p = all(1.99215056e-8f);
+    p = p * u - 1.99429443e-6f;
+    p = p * u + 1.48984862e-4f;
+    p = p * u + 3.97280778e-3f;
+    p = p * u + 5.13970005e-2f;
+    p = p * u + 2.06112218e-1f;
+    p = p * u + 1.12837878f;
+    Vector q = all(1.02410400e-3f);
+    q = q * u + 1.48890420e-2f;
+    q = q * u + 1.17563720e-1f;
+    q = q * u + 5.15990963e-1f;
+    q = q * u + 1.0f;
+    const Vector half = x * 0.5f;
+    return half * (z * p / q) + half;
+}
+
+// A row-major matrix in memory: the distance between its rows is `pitch` floats.
+struct Matrix {
+    float *data;
+    long pitch;
+    float *row(long r) const { return data + r * pitch; }
+};
+
+static const Matrix none = {nullptr, 0};
+
+// out[r, :] = start + sum over i of weight[r, i] in[i, :], for ROWS rows and VECTORS vectors of columns. `start` is plus[r, :],
+// else bias[r], else 0; either may be null. With TURNED the weight is weight[i, r]. The sums stay in registers.
+template <int ROWS, int VECTORS, bool TURNED>
+INLINE void multiply(Matrix weight, long inner, Matrix in, Matrix out, const float *bias, Matrix plus) {
+    Vector sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < VECTORS; c++)
+            sum[r][c] = plus.data ? load(plus.row(r) + c * LANES) : all(bias ? bias[r] : 0.0f);
+    for (long i = 0; i < inner; i++) {
+        Vector x[VECTORS];
+        for (int c = 0; c < VECTORS; c++) x[c] = load(in.row(i) + c * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < VECTORS; c++) sum[r][c] += x[c] * (TURNED ? weight.row(i)[r] : weight.row(r)[i]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < VECTORS; c++) store(out.row(r) + c * LANES, sum[r][c]);
+}
+
+// The same for any number of rows: blocks of as many as the registers hold, then what is left.
+template <int VECTORS, bool TURNED = false>
+static void product(
+    long rows, Matrix weight, long inner, Matrix in, Matrix out, const float *bias = nullptr, Matrix plus = none) {
+    const auto step = [&](long count) {
+        weight.data += TURNED ? count : count * weight.pitch;
+        out.data += count * out.pitch;
+        if (bias) bias += count;
+        if (plus.data) plus.data += count * plus.pitch;
+        rows -= count;
+    };
+    for (; rows >= BLOCK; step(BLOCK)) multiply<BLOCK, VECTORS, TURNED>(weight, inner, in, out, bias, plus);
+    if (BLOCK > 4 && rows >= 4) multiply<4, VECTORS, TURNED>(weight, inner, in, out, bias, plus), step(4);
+    if (rows >= 2) multiply<2, VECTORS, TURNED>(weight, inner, in, out, bias, plus), step(2);
+    if (rows) multiply<1, VECTORS, TURNED>(weight, inner, in, out, bias, plus);
+}
+
+// out[c, r] = in[r, c], eight by eight.
+INLINE void transpose_eight(Matrix in, Matrix out) {
+    Eight a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = *(const Eight *)in.row(i);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = __builtin_shuffle(a[i], a[i + 1], Order{0, 8, 1, 9, 4, 12, 5, 13});
+        b[i + 1] = __builtin_shuffle(a[i], a[i + 1], Order{2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = __builtin_shuffle(b[i + j], b[i + j + 2], Order{0, 1, 8, 9, 4, 5, 12, 13});
+            a[i + 2 * j + 1] = __builtin_shuffle(b[i + j], b[i + j + 2], Order{2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (int i = 0; i < 4; i++) {
+        *(Eight *)out.row(i) = __builtin_shuffle(a[i], a[i + 4], Order{0, 1, 2, 3, 8, 9, 10, 11});
+        *(Eight *)out.row(i + 4) = __builtin_shuffle(a[i], a[i + 4], Order{4, 5, 6, 7, 12, 13, 14, 15});
+    }
+}
+
+// out[c, r] = in[r, c], rows by columns.
+static void transpose(Matrix in, long rows, long columns, Matrix out) {
+    long r = 0;
+    for (; r + 8 <= rows; r += 8) {
+        long c = 0;
+        for (; c + 8 <= columns; c += 8) {
+            transpose_eight({in.row(r) + c, in.pitch}, {out.row(c) + r, out.pitch});
+            if (c % 16 == 0)  // rows are too short for the processor to see where they go on
+                for (int k = 8; k < 16; k++) __builtin_prefetch(in.row(r + k) + c);
+        }
+        for (; c < columns; c++)
+            for (long k = r; k < r + 8; k++) out.row(c)[k] = in.row(k)[c];
+    }
+    for (; r < rows; r++)
+        for (long c = 0; c < columns; c++) out.row(c)[r] = in.row(r)[c];
+}
+
+// out[r, :] = in[r, :].
+static void copy(Matrix in, long rows, long columns, Matrix out) {
+    for (long r = 0; r < rows; r++) memcpy(out.row(r), in.row(r), 4 * columns);
+}
