@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule, Level
 from .data_cfg import base_cfg
-from .layers import ConvNorm, ConvStem, gather_groups, scatter_groups
+from .layers import ConvNorm, ConvStem, gather_groups, native_stage, scatter_groups
+from .layers.eager import is_hooked
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -65,6 +66,19 @@ class BasicBlock(nn.Module):
         y = self.conv2(self.shuffle(F.relu(self.conv1(x), inplace=True)))
         return F.relu(self.drop_path(y) + self.shortcut(x), inplace=True)
 
+    @torch.jit.unused
+    def native_block(self, turn: native_stage.Turn = (1, 1, 1)) -> native_stage.Block | None:
+        """The block for `native_stage`, or None where something of it has to be called."""
+        parts = self._modules
+        first, second = (native_stage.convolution_of(parts[name]) for name in ("conv1", "conv2"))
+        same, drop = type(parts["shortcut"]) is nn.Identity, parts["drop_path"]
+        shortcut = native_stage.NOTHING if same else native_stage.convolution_of(parts["shortcut"])
+        middle = native_stage.turn_of(parts["shuffle"])
+        watched = is_hooked(self) or is_hooked(drop) or (same and is_hooked(parts["shortcut"]))
+        if watched or drop.training or first is None or second is None or shortcut is None or middle is None:
+            return None
+        return native_stage.Block(parts["conv1"].conv.stride[0], turn, middle, first, second, shortcut)
+
 
 class BlockMix(nn.Sequential):
     """Gathers the groups of a level, runs a BasicBlock with as many groups, scatters the channels back."""
@@ -76,6 +90,36 @@ class BlockMix(nn.Sequential):
         self.gather = gather_groups(level, device=dd.get("device"))
         self.block = BasicBlock(in_chs, out_chs, stride, (groups, groups, groups), None, drop_path, **dd)
         self.scatter = scatter_groups(level, device=dd.get("device"))
+
+    @torch.jit.unused
+    def native_block(self) -> native_stage.Block | None:
+        """The block for `native_stage`, or None where something of it has to be called."""
+        turn = native_stage.turn_of(self.gather)
+        if turn is None or native_stage.turn_of(self.scatter) is None or is_hooked(self):
+            return None
+        return self.block.native_block(turn)
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row, which our own kernels run as one where they can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if not torch.jit.is_scripting():
+            blocks = self.native_blocks(x)
+            if blocks:
+                return native_stage.stage(x, blocks)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.unused
+    def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
+        """All blocks for `native_stage.stage`, or none."""
+        if not native_stage.takes(x) or len(self) > native_stage.MOST_BLOCKS:
+            return []
+        blocks = [block.native_block() for block in self]
+        return blocks if None not in blocks and native_stage.pays(x, blocks) else []
 
 
 def _conv_mix(
@@ -161,7 +205,7 @@ class ButterflyResNet(Trunk):
                     level = ButterflySchedule(chs, chs // groups).level(j)
                     blocks.append(BlockMix(chs, out_chs, stride, groups, level, drop, **dd))
                 chs = out_chs
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Stage(*blocks))
         self.blocks = nn.Sequential(*stages)
         self.finish(
             num_classes=num_classes,

@@ -32,5 +32,5 @@ def on_cpu_untraced(x: Tensor) -> bool:
 @torch.jit.unused
 def is_hooked(module: nn.Module) -> bool:
     """Whether something waits for calls of a module, or makes its weights as it is called (pruning, weight norm)."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)

@@ -73,14 +73,17 @@ def steps_of(parts: nn.Module) -> list[Step]:
     steps = []
     for part in parts._modules.values():
         step = part.step()
-        if step is None or not all(map(_is_plain, (step.weight, step.bias, step.weight2, step.bias2))):
+        if step is None or not all(map(is_plain, (step.weight, step.bias, step.weight2, step.bias2))):
             return []
         steps.append(step)
     return steps
 
 
-def _is_plain(weight: Tensor | None) -> bool:
-    return weight is None or (type(weight) in _PLAIN and weight.dtype == torch.float32 and weight.is_contiguous())
+def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
+    """Whether the kernels may read a weight; with `strided` its strides are the caller's to look at."""
+    if weight is None:
+        return True
+    return type(weight) in _PLAIN and weight.dtype == torch.float32 and (strided or weight.is_contiguous())
 
 
 def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
@@ -99,9 +102,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int)
 
 
 _NUMBERS = 7  # of a step, beside its four tensors
-_library = torch.library.Library("dimmix", "DEF")
-_library.define("mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last) -> Tensor")
-_library.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
+LIBRARY = torch.library.Library("dimmix", "DEF")
+LIBRARY.define("mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last) -> Tensor")
+LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
 _mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix.attend.default
 
 
@@ -133,16 +136,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int
     return out
 
 
-_library.impl("mix", _mix, "CPU")
-_library.impl("attend", _attend, "CPU")
+LIBRARY.impl("mix", _mix, "CPU")
+LIBRARY.impl("attend", _attend, "CPU")
 
 
-@torch.library.register_fake("dimmix::mix", lib=_library)
+@torch.library.register_fake("dimmix::mix", lib=LIBRARY)
 def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
     return _empty(x, shapes, features_last)
 
 
-@torch.library.register_fake("dimmix::attend", lib=_library)
+@torch.library.register_fake("dimmix::attend", lib=LIBRARY)
 def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
     return q.new_empty(q.shape)
 

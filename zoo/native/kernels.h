@@ -3,9 +3,11 @@
 #include "vectors.h"
 #include "mix.h"
 #include "attend.h"
+#include "convolve.h"
 
 #define NAME_OF(lanes) ((lanes) == 16 ? "avx512" : "avx2")
-static const Kernels kernels = {NAME_OF(LANES), TILE, mix_memory, mix, attend_memory, attend};
+static const Kernels kernels = {
+    NAME_OF(LANES), TILE, mix_memory, mix, attend_memory, attend, stage_memory, stage, stage_together};
 
 #undef INLINE
 #undef TILE

@@ -31,6 +31,32 @@ struct Attend {
     float scale;
 };
 
+// A grouped convolution, `width` channels in a group of its input, and the BatchNorm after it, if `gamma` is there.
+// The weights of a channel lie tap by tap if `taps_first`, else channel by channel.
+struct Convolution {
+    long out, width, groups, taps_first, kernel;
+    const float *weight, *bias, *gamma, *beta, *mean, *variance;
+    float epsilon;
+};
+
+// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing. `turn` are the permutations of channels
+// before the first and (backwards) after the last, and between the two, each a transpose of (outer, middle, inner).
+struct Block {
+    long stride, turn[3], turn_middle[3];
+    Convolution first, second, shortcut;
+};
+
+// x has strides in floats; y is (images, rows, columns, channels), contiguous.
+struct Stage {
+    const float *x;
+    float *y;
+    long x_image, x_channel, x_row, x_column;
+    long images, channels, height, width, count;
+    const Block *blocks;
+};
+
+#define MOST_CHANNELS 512  // in a group
+
 // Memory of a thread's own, kept from call to call.
 class Scratch {
     float *memory = nullptr;
@@ -58,6 +84,9 @@ struct Kernels {
     void (*mix)(const Mix &, long tile, float *memory);
     long (*attend_memory)(const Attend &);
     void (*attend)(const Attend &, long task, float *memory);
+    long (*stage_memory)(const Stage &);
+    void (*stage)(const Stage &, long image, float *memory);
+    void (*stage_together)(const Stage &, long image, float *memory);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -183,6 +212,59 @@ static PyObject *py_attend(PyObject *, PyObject *args) {
     return answer(enough);
 }
 
+// stage(x, strides of x (4), y, images, channels, height, width, threads, shapes, pointers, epsilons): of each block 19
+// numbers (stride, both turns, of each convolution out, width, groups, taps_first), 18 addresses and 3 epsilons.
+static PyObject *py_stage(PyObject *, PyObject *args) {
+    const int most = 16, numbers = 19, addresses = 18;
+    Stage s = {};
+    unsigned long long x, y;
+    long threads;
+    PyObject *shapes, *pointers, *epsilons;
+    if (!PyArg_ParseTuple(
+            args, "KllllKlllllO!O!O!", &x, &s.x_image, &s.x_channel, &s.x_row, &s.x_column, &y, &s.images, &s.channels,
+            &s.height, &s.width, &threads, &PyList_Type, &shapes, &PyList_Type, &pointers, &PyList_Type, &epsilons))
+        return nullptr;
+    s.count = PyList_Size(shapes) / numbers;
+    if (!kernels || s.count < 1 || s.count > most || PyList_Size(pointers) != s.count * addresses ||
+        PyList_Size(epsilons) != s.count * 3) {
+        PyErr_SetString(PyExc_ValueError, "stage: no kernels here, or not 1 to 16 blocks");
+        return nullptr;
+    }
+    Block blocks[most];
+    for (long i = 0; i < s.count; i++) {
+        long number[numbers];
+        for (int k = 0; k < numbers; k++) number[k] = PyLong_AsLong(PyList_GetItem(shapes, i * numbers + k));
+        Block &b = blocks[i];
+        b.stride = number[0];
+        memcpy(b.turn, number + 1, sizeof b.turn);
+        memcpy(b.turn_middle, number + 4, sizeof b.turn_middle);
+        Convolution *convolutions[] = {&b.first, &b.second, &b.shortcut};
+        for (int c = 0; c < 3; c++) {
+            Convolution &to = *convolutions[c];
+            memcpy(&to.out, number + 7 + 4 * c, 4 * sizeof(long));
+            to.kernel = c < 2 ? 3 : 1;
+            to.epsilon = (float)PyFloat_AsDouble(PyList_GetItem(epsilons, 3 * i + c));
+            for (int k = 0; k < 6; k++)
+                (&to.weight)[k] =
+                    (const float *)PyLong_AsVoidPtr(PyList_GetItem(pointers, i * addresses + 6 * c + k));
+        }
+    }
+    if (PyErr_Occurred()) return nullptr;
+    s.x = (const float *)x, s.y = (float *)y, s.blocks = blocks;
+    bool enough = true;
+    Py_BEGIN_ALLOW_THREADS;
+    const long memory = kernels->stage_memory(s);
+    if (s.images < threads) {
+        float *buffers = scratch.get(memory);
+        for (long image = 0; buffers && image < s.images; image++) kernels->stage_together(s, image, buffers);
+        enough = buffers;
+    } else {
+        enough = run(s.images, memory, [&](long image, float *buffers) { kernels->stage(s, image, buffers); });
+    }
+    Py_END_ALLOW_THREADS;
+    return answer(enough);
+}
+
 // use(name): the kernels for an instruction set, "" for the widest; returns its name, "" where there is none.
 static PyObject *py_use(PyObject *, PyObject *args) {
     const char *name;
@@ -195,6 +277,7 @@ static PyObject *py_use(PyObject *, PyObject *args) {
 static PyMethodDef methods[] = {
     {"mix", py_mix, METH_VARARGS, "The levels of a butterfly over the features of rows."},
     {"attend", py_attend, METH_VARARGS, "Attention inside the groups of a level."},
+    {"stage", py_stage, METH_VARARGS, "Residual blocks of grouped convolutions."},
     {"use", py_use, METH_VARARGS, "Choose an instruction set."},
     {}};
 

@@ -1,0 +1,187 @@
+"""Stages of residual blocks by our own kernel, on each instruction set, against torch's convolutions in float64."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from dimmix.butterfly_resnet import ButterflyResNet
+from dimmix.fuse import fuse
+from dimmix.layers import native, native_stage
+from dimmix.profile import count_macs
+
+from .test_native import instructions  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.skipif(
+    not native.INSTRUCTIONS, reason="no kernels: no compiler when dimmix was installed, or no AVX2"
+)
+
+
+def _model(**args):
+    """A small ResNet whose BatchNorms have seen something."""
+    torch.manual_seed(0)
+    model = ButterflyResNet(num_classes=10, **({"depths": (2, 2, 1), "width": 16, "radix": (4, 8, 8)} | args)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The number of blocks of each stage that the kernel ran, and it runs every one."""
+    seen, stage = [], native_stage.stage
+
+    def count(x, blocks):
+        seen.append(len(blocks))
+        return stage(x, blocks)
+
+    monkeypatch.setattr(native_stage, "stage", count)
+    monkeypatch.setattr(native_stage, "pays", lambda x, blocks: True)
+    return seen
+
+
+def _relative(actual, expected):
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+KINDS = [
+    {"mixing": "conv"},
+    {"mixing": "conv", "first_radix": (8, 4, 16), "radix": (2, 8, 32)},
+    {"mixing": "block", "radix": (4, 4, 8)},
+    {"mixing": "block", "radix": (2, 2, 2), "depths": (3, 2, 2)},
+    {"mixing": "dense"},
+    {"mixing": "dense", "width": 6},  # channels that no vector of rows divides
+    {"mixing": "conv", "width": 24, "radix": (6, 6, 12)},
+    {"mixing": "conv", "stem_stride": 2, "stem_full_res": True},
+]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 40), (15, 9)])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_stages_are_what_torch_makes_of_them(instructions, stages, kind, size):  # noqa: F811
+    model = _model(**kind)
+    for images in (1, 5):  # one on all threads, and some on each
+        x = torch.randn(images, 3, *size)
+        with torch.no_grad():
+            actual, folded = model.forward_features(x), fuse(model).forward_features(x)
+            assert stages == [len(blocks) for blocks in model.blocks] * 2
+            stages.clear()
+            expected = model.double().forward_features(x.double())
+        model.float()
+        assert stages == []
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert _relative(actual, expected) < 1e-5
+        assert _relative(folded, expected) < 1e-5
+
+
+def test_images_of_any_strides(instructions, stages):  # noqa: F811
+    stage, x = _model().blocks[0], torch.randn(3, 16, 9, 12)
+    with torch.no_grad():
+        expected = stage(x)
+        for other in (x.contiguous(memory_format=torch.channels_last), torch.randn(3, 16, 9, 24)[..., ::2].copy_(x)):
+            assert other.stride() != x.stride()
+            assert (stage(other) - expected).abs().max() < 1e-6
+    assert stages == [2, 2, 2]
+
+
+def test_a_pixel_that_is_not_a_number_spreads_as_far_as_it_is_seen(instructions, stages):  # noqa: F811
+    stage, x = _model(mixing="dense").blocks[0], torch.randn(1, 16, 20, 20)
+    x[0, 3, 2, 2] = torch.nan
+    with torch.no_grad():
+        bad = stage(x).isnan().any(1)[0]
+    assert bad[:7, :7].all()
+    assert bad.sum() == 49
+
+
+def _altered():
+    def hooked_convolution(stage):
+        stage[0].conv2.conv.register_forward_hook(lambda *_: None)
+
+    def hooked_block(stage):
+        stage[1].register_forward_hook(lambda *_: None)
+
+    def hooked_shortcut(stage):
+        stage[0].shortcut.register_forward_hook(lambda *_: None)
+
+    def pruned(stage):
+        prune.l1_unstructured(stage[1].conv1.conv, "weight", 0.5)
+
+    def replaced(stage):
+        stage[0].conv1.conv = nn.Sequential(stage[0].conv1.conv)
+
+    def normed_by_the_batch(stage):
+        stage[1].conv2.bn = nn.BatchNorm2d(16, track_running_stats=False)
+
+    def learning(stage):
+        stage[1].conv2.bn.train()
+
+    def dropping(stage):
+        stage[0].drop_path.train()
+
+    return [
+        hooked_convolution,
+        hooked_block,
+        hooked_shortcut,
+        pruned,
+        replaced,
+        normed_by_the_batch,
+        learning,
+        dropping,
+    ]
+
+
+@pytest.mark.parametrize("alter", _altered(), ids=lambda alter: alter.__name__)
+def test_what_was_altered_is_called(stages, alter):
+    stage, x = _model(drop_path_rate=0.1).blocks[0], torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        stage(x)
+        assert stages == [2]
+        alter(stage)
+        stage(x)
+    assert stages == [2]
+
+
+def test_where_the_kernel_is_not_taken(stages):
+    model = _model()
+    model(torch.randn(2, 3, 16, 16))  # gradients are wanted
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 16, 16))
+        shuffled = _model(mixing="block", width=12, radix=(2, 2, 2), depths=(4, 1, 1))  # a gather that is no transpose
+        assert shuffled.blocks[0].native_blocks(torch.randn(2, 12, 16, 16)) == []
+        torch.export.export(model, (torch.randn(2, 3, 16, 16),))
+        model.train()(torch.randn(2, 3, 16, 16))
+    assert stages == []
+
+
+def test_few_images_and_narrow_groups_pay(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for kind, images, expected in ((4, 64, True), (16, 64, True), (32, 64, False), (32, 8, False), (32, 7, True)):
+        stage = _model(width=32, radix=(kind,) * 3, first_radix=(kind,) * 3).blocks[0]
+        with torch.no_grad():
+            assert bool(stage.native_blocks(torch.randn(images, 32, 4, 4))) == expected
+
+
+def test_large_images_stay_with_torch(stages):
+    with torch.no_grad():
+        _model().blocks[0](torch.randn(1, 16, 96, 96))
+    assert stages == []
+
+
+def test_multiply_accumulates_are_counted(monkeypatch):
+    model = timm.create_model("butterfly_resnet20_convmix_w32", num_classes=10)
+    counted = count_macs(model, (3, 32, 32))
+    monkeypatch.setattr(native, "INSTRUCTIONS", "")
+    assert count_macs(model, (3, 32, 32)) == counted
+
+
+def test_a_compiled_model_takes_the_kernel():
+    model, x = _model(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert (torch.compile(model, backend="eager", fullgraph=True)(x) - model(x)).abs().max() < 1e-6

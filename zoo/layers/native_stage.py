@@ -1,0 +1,158 @@
+"""Stages of residual blocks by our own kernels: all convolutions of an image in the cache, none of its channels moved.
+
+Torch's grouped convolutions are slow with groups of a few channels, and a block on one image is mostly the start of its
+ten operators. The kernel (zoo/native/convolve.h) is as fast with groups of four as with dense ones. What `native` says
+of the other kernels goes for this one too.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from . import native
+from .butterfly_conv import ChannelTranspose
+from .eager import is_hooked
+from .stem import ConvNorm
+
+Turn = tuple[int, int, int]
+MOST_CHANNELS = 512  # in a group, as the kernel's tables have it
+MOST_BLOCKS = 16
+LARGEST = 2**17
+"""Numbers of an image up to which a stage keeps to the cache."""
+
+FEW, WIDEST = 2, 20
+"""Fewer images a thread, or groups of no more channels, are faster here (docs/performance.md)."""
+
+
+class Convolution(NamedTuple):
+    """A convolution and its BatchNorm: (out, width of a group, groups, taps_first), six tensors or None, epsilon."""
+
+    shape: tuple[int, int, int, int]
+    tensors: tuple[Tensor | None, ...]
+    epsilon: float
+
+
+NOTHING = Convolution((0, 0, 1, 0), (None,) * 6, 0.0)
+
+
+class Block(NamedTuple):
+    """A residual block: 3x3, ReLU, 3x3, shortcut (1x1 or NOTHING), ReLU.
+
+    `turn` is the ChannelTranspose ahead of it, undone behind it, and `turn_middle` the one between the convolutions.
+    """
+
+    stride: int
+    turn: Turn
+    turn_middle: Turn
+    first: Convolution
+    second: Convolution
+    shortcut: Convolution
+
+
+def turn_of(module: nn.Module) -> Turn | None:
+    """A permutation of channels as the kernel reads it, or None where it is another one or something watches it."""
+    if is_hooked(module):
+        return None
+    if type(module) is nn.Identity:
+        return (1, 1, 1)
+    return (module.outer, module.middle, module.inner) if type(module) is ChannelTranspose else None
+
+
+def convolution_of(module: nn.Module) -> Convolution | None:
+    """A ConvNorm as the kernel reads it; None where a part is not as it was built or fused, and has to be called."""
+    if type(module) is not ConvNorm or is_hooked(module):
+        return None
+    conv, norm = module._modules["conv"], module._modules["bn"]
+    if type(conv) is not nn.Conv2d or is_hooked(conv) or is_hooked(norm):
+        return None
+    weight = conv.weight
+    taps_first = not weight.is_contiguous()
+    if taps_first and not weight.is_contiguous(memory_format=torch.channels_last):
+        return None
+    shape = (len(weight), weight.shape[1], conv.groups, int(taps_first))
+    if type(norm) is nn.Identity:
+        tensors, epsilon = (weight, conv.bias, None, None, None, None), 0.0
+    elif type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats:
+        tensors = (weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        epsilon = norm.eps
+    else:
+        return None
+    fits = weight.shape[1] <= MOST_CHANNELS and all(t is None or native.is_plain(t, strided=True) for t in tensors)
+    return Convolution(shape, tensors, epsilon) if fits else None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernel may take x, (B, C, H, W), and keeps it in the cache."""
+    return native.takes(x) and x.shape[1:].numel() <= LARGEST
+
+
+def pays(x: Tensor, blocks: Sequence[Block]) -> bool:
+    """Whether the kernel is the faster way: for few images, and for many where groups are narrow."""
+    if len(x) < FEW * _threads():
+        return True
+    return max(conv.shape[1] for block in blocks for conv in (block.first, block.second)) <= WIDEST
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """(B, C, H, W) -> (B, C', H', W'), channels_last."""
+    shapes: list[int] = []
+    tensors: list[Tensor | None] = []
+    epsilons: list[float] = []
+    for stride, turn, turn_middle, *convolutions in blocks:
+        shapes += (stride, *turn, *turn_middle)
+        for shape, parts, epsilon in convolutions:
+            shapes += shape
+            tensors += parts
+            epsilons.append(epsilon)
+    return _stage_operator(x, tensors, shapes, epsilons)
+
+
+_NUMBERS = 19  # of a block
+native.LIBRARY.define("stage(Tensor x, Tensor?[] tensors, int[] shapes, float[] epsilons) -> Tensor")
+_stage_operator = torch.ops.dimmix.stage.default
+
+
+def _empty(x: Tensor, shapes: Sequence[int]) -> Tensor:
+    height, width = x.shape[2:]
+    for stride in shapes[::_NUMBERS]:
+        height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
+    channels = shapes[len(shapes) - _NUMBERS + 11]  # of the last block's second convolution
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _stage(x: Tensor, tensors: Sequence[Tensor | None], shapes: list[int], epsilons: list[float]) -> Tensor:
+    y = _empty(x, shapes)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    native._native.stage(
+        x.data_ptr(), *x.stride(), y.data_ptr(), *x.shape, torch.get_num_threads(), shapes, pointers, epsilons
+    )
+    return y
+
+
+native.LIBRARY.impl("stage", _stage, "CPU")
+
+
+@torch.library.register_fake("dimmix::stage", lib=native.LIBRARY)
+def _fake_stage(x: Tensor, tensors: Sequence[Tensor | None], shapes: list[int], epsilons: list[float]) -> Tensor:
+    return _empty(x, shapes)
+
+
+@register_flop_formula(torch.ops.dimmix.stage)
+def _stage_flops(x_shape, tensors_shape, shapes, epsilons, out_shape=None, **kwargs) -> int:
+    """Each weight is multiplied and added once a position of the block's result."""
+    images, _, height, width = x_shape
+    flops = 0
+    for block, stride in enumerate(shapes[::_NUMBERS]):
+        height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
+        weights = [shape for shape in tensors_shape[18 * block : 18 * (block + 1) : 6] if shape is not None]
+        flops += 2 * images * height * width * sum(shape.numel() for shape in weights)
+    return flops
