@@ -21,6 +21,7 @@ from .errors import DimmixError, first_line
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
 from .fuse import fuse, merge_groups
+from .layers import ButterflyAttention
 from .preprocess import Preprocess
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
 
@@ -32,6 +33,9 @@ BATCHES = (1, 2, 7)
 
 ONNX_GROUP = 16
 """onnxruntime's fast convolutions take groups of whole vectors of 16 channels, smaller ones go by a slow way."""
+
+ONNX_OPSET = 23
+"""The first with an operator for attention; models without any keep to the exporter's, which older runtimes know."""
 
 CALIBRATION_IMAGES = 128
 """At most so many images set the ranges of int8, and no more than a quarter of those given."""
@@ -180,6 +184,7 @@ def _write_onnx(
         output_names=["logits", "features"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
         verbose=False,
+        opset_version=ONNX_OPSET if any(isinstance(m, ButterflyAttention) for m in model.modules()) else None,
     )
     if calibration is not None:
         _quantize(path, model, calibration)

@@ -98,6 +98,8 @@ class ButterflyAttention(nn.Module):
         shape = q.shape
         if not torch.jit.is_scripting() and self.radix <= native.LONGEST and native.takes(q):
             return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
+        if not torch.jit.is_scripting() and torch.onnx.is_in_onnx_export() and self.radix <= SMALL_GROUP:
+            return self._attend_in_onnx(q, k, v)
         q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
             if torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:
@@ -106,6 +108,13 @@ class ButterflyAttention(nn.Module):
             if _keeps_scores(q, self.radix):
                 return _attend_by_products(q, k, v).transpose(1, 2).reshape(shape)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
+
+    @torch.jit.unused
+    def _attend_in_onnx(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As ONNX's own operator, which needs no tensor turned: of groups, tokens and heads it makes what it likes."""
+        q, k, v = (x.view(-1, self.radix, self.fold * self.head_dim) for x in (q, k, v))
+        y = torch.onnx.ops.attention(q, k, v, q_num_heads=self.fold, kv_num_heads=self.fold)[0]
+        return y.reshape(-1, self.num_heads * self.head_dim)
 
     def fold_groups(self, x: Tensor) -> Tensor:
         """(B * N, C) -> (B * groups, stride * heads, radix, head_dim), a view."""
