@@ -156,8 +156,6 @@ class ButterflyResNet(Trunk):
         ValueError: unknown `mixing`, a radix that does not divide its stage's channels, or one for other stages.
     """
 
-    images_per_tile: int = 16
-
     def __init__(
         self,
         depths: tuple[int, ...] = (3, 3, 3),

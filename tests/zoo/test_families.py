@@ -266,6 +266,7 @@ def test_data_config_comes_from_the_cfg():
 def test_images_in_tiles_are_what_the_whole_batch_is(training):
     model = _create("butterfly_resnet_nano_32").train(training)
     x = torch.randn(40, 3, 32, 32)
+    model.images_per_tile = 16
     with torch.no_grad():
         tiled = model.forward_features(x)
         model.images_per_tile = 0
@@ -275,6 +276,7 @@ def test_images_in_tiles_are_what_the_whole_batch_is(training):
 @torch.no_grad()
 def test_batch_norms_in_training_mode_see_the_whole_batch_at_once():
     model = _create("butterfly_resnet_nano_32")
+    model.images_per_tile = 16
     norms = [module.train() for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     model(torch.randn(40, 3, 32, 32))
     assert {norm.num_batches_tracked.item() for norm in norms} == {1}

@@ -144,14 +144,18 @@ class FeatureMixer(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
     @torch.jit.unused
+    def mix_exported(self, x: Tensor) -> Tensor:
+        """(rows, in_features) -> (rows, out_features); onnxruntime turns a matrix fast, and more axes slowly."""
+        return self.mix_levels(x.t()).flatten(0, -2).t()
+
+    @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
         y = self.mix_natively(x.t(), True)
         if y is not None:
             return y
         if not runs_eagerly(x):
             if torch.compiler.is_exporting():
-                # onnxruntime turns a matrix fast, and more axes slowly
-                return self.mix_levels(x.t()).flatten(0, -2).t()
+                return self.mix_exported(x)
             return self.mix_levels(x.t(), True)
         if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x) and not any(map(is_hooked, self.modules())):
             return to_rows(self.mix_pixels(to_pixels(x)))

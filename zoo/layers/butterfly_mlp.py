@@ -182,6 +182,16 @@ class ButterflyMlp(FeatureMixer):
         return x
 
     @torch.jit.unused
+    def mix_exported(self, x: Tensor) -> Tensor:
+        """(rows, n) -> (rows, n); one block of all features is an ordinary MLP, and needs no turning."""
+        level = self.levels[0]
+        assert isinstance(level, BlockMlp)
+        if level.view.blocks > 1:
+            return super().mix_exported(x)
+        hidden = level.drop(F.gelu(F.linear(x, level.fc1.weight[0], level.fc1.bias[0])))
+        return F.linear(hidden, level.fc2.weight[0], level.fc2.bias[0])
+
+    @torch.jit.unused
     def mix_pixels(self, x: Tensor) -> Tensor:
         """(images, n, 4, 4) -> (images, n, 4, 4)."""
         for level in self.levels:
