@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule, Level
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, gather_groups, native_stage, scatter_groups
-from .layers.eager import is_hooked
+from .layers.eager import is_hooked, part
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -54,6 +54,7 @@ class BasicBlock(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
+        self.stride = stride
         self.conv1 = ConvNorm(in_chs, out_chs, 3, stride, groups[0], **dd)
         self.shuffle = shuffle or nn.Identity()
         self.conv2 = ConvNorm(out_chs, out_chs, 3, 1, groups[1], **dd)
@@ -69,15 +70,18 @@ class BasicBlock(nn.Module):
     @torch.jit.unused
     def native_block(self, turn: native_stage.Turn = (1, 1, 1)) -> native_stage.Block | None:
         """The block for `native_stage`, or None where something of it has to be called."""
-        parts = self._modules
-        first, second = (native_stage.convolution_of(parts[name]) for name in ("conv1", "conv2"))
-        same, drop = type(parts["shortcut"]) is nn.Identity, parts["drop_path"]
-        shortcut = native_stage.NOTHING if same else native_stage.convolution_of(parts["shortcut"])
-        middle = native_stage.turn_of(parts["shuffle"])
-        watched = is_hooked(self) or is_hooked(drop) or (same and is_hooked(parts["shortcut"]))
-        if watched or drop.training or first is None or second is None or shortcut is None or middle is None:
+        shortcut, drop = part(self, "shortcut"), part(self, "drop_path")
+        first = native_stage.convolution_of(part(self, "conv1"), 3, self.stride)
+        second = native_stage.convolution_of(part(self, "conv2"), 3, 1)
+        third: native_stage.Convolution | None = native_stage.NOTHING
+        if type(shortcut) is not nn.Identity:
+            third = native_stage.convolution_of(shortcut, 1, self.stride)
+        turn_middle = native_stage.turn_of(part(self, "shuffle"))
+        if first is None or second is None or third is None or turn_middle is None:
             return None
-        return native_stage.Block(parts["conv1"].conv.stride[0], turn, middle, first, second, shortcut)
+        if is_hooked(self) or is_hooked(drop) or is_hooked(shortcut) or drop.training:
+            return None
+        return native_stage.Block(self.stride, turn, turn_middle, first, second, third)
 
 
 class BlockMix(nn.Sequential):
@@ -94,8 +98,8 @@ class BlockMix(nn.Sequential):
     @torch.jit.unused
     def native_block(self) -> native_stage.Block | None:
         """The block for `native_stage`, or None where something of it has to be called."""
-        turn = native_stage.turn_of(self.gather)
-        if turn is None or native_stage.turn_of(self.scatter) is None or is_hooked(self):
+        turn, back = native_stage.turn_of(self.gather), native_stage.turn_of(self.scatter)
+        if turn is None or back is None or is_hooked(self) or type(self.block) is not BasicBlock:
             return None
         return self.block.native_block(turn)
 
@@ -118,8 +122,14 @@ class Stage(nn.Sequential):
         """All blocks for `native_stage.stage`, or none."""
         if not native_stage.takes(x) or len(self) > native_stage.MOST_BLOCKS:
             return []
-        blocks = [block.native_block() for block in self]
-        return blocks if None not in blocks and native_stage.pays(x, blocks) else []
+        blocks = []
+        for block in self:
+            plain = type(block) is BasicBlock or type(block) is BlockMix
+            native_block = block.native_block() if plain else None
+            if native_block is None:
+                return []
+            blocks.append(native_block)
+        return blocks if blocks and native_stage.pays(x, blocks) else []
 
 
 def _conv_mix(

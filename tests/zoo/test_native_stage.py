@@ -115,6 +115,12 @@ def _altered():
     def replaced(stage):
         stage[0].conv1.conv = nn.Sequential(stage[0].conv1.conv)
 
+    def another_block(stage):
+        stage[1] = nn.Sequential(stage[1])
+
+    def dilated(stage):
+        stage[1].conv1.conv.dilation = stage[1].conv1.conv.padding = (2, 2)
+
     def normed_by_the_batch(stage):
         stage[1].conv2.bn = nn.BatchNorm2d(16, track_running_stats=False)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
-from .eager import is_hooked
+from .eager import is_hooked, part
 from .native import Step, steps_of
 
 
@@ -36,7 +36,7 @@ class ButterflyFactor(nn.Module):
     @torch.jit.unused
     def step(self) -> Step | None:
         """The factor for `native.mix`, or None where something of it has to be called."""
-        view, linear = self._modules["view"], self._modules["linear"]
+        view, linear = part(self, "view"), part(self, "linear")
         if view.permute is not None or is_hooked(self) or type(linear) is not BlockLinear or is_hooked(linear):
             return None
         return Step(view.groups, view.stride, self.in_block, self.out_block, linear.weight, linear.bias)

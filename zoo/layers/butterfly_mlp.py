@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
-from .eager import is_hooked
+from .eager import is_hooked, part
 from .native import Step, steps_of
 from .pointwise import Linear, is_plain
 
@@ -116,7 +116,7 @@ class BlockMlp(nn.Module):
     @torch.jit.unused
     def step(self) -> Step | None:
         """The level for `native.mix`, or None where something of it has to be called."""
-        view, fc1, fc2, drop = (self._modules[name] for name in ("view", "fc1", "fc2", "drop"))
+        view, fc1, fc2, drop = (part(self, name) for name in ("view", "fc1", "fc2", "drop"))
         if view.permute is not None or is_hooked(self) or not _is_idle(drop):
             return None
         if type(fc1) is not BlockLinear or is_hooked(fc1) or type(fc2) is not BlockLinear or is_hooked(fc2):
@@ -188,8 +188,8 @@ class ButterflyMlp(FeatureMixer):
         assert isinstance(level, BlockMlp)
         if level.view.blocks > 1:
             return super().mix_exported(x)
-        hidden = level.drop(F.gelu(F.linear(x, level.fc1.weight[0], level.fc1.bias[0])))
-        return F.linear(hidden, level.fc2.weight[0], level.fc2.bias[0])
+        hidden = level.drop(F.gelu(F.linear(x, *(p[0] for p in level.fc1.parameters()))))
+        return F.linear(hidden, *(p[0] for p in level.fc2.parameters()))
 
     @torch.jit.unused
     def mix_pixels(self, x: Tensor) -> Tensor:

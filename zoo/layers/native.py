@@ -6,9 +6,11 @@ inference in float32 on x86-64 with AVX2 or AVX-512; everywhere else, and for gr
 `DIMMIX_NATIVE=0` in the environment leaves the kernels out, and `DIMMIX_NATIVE=avx2` takes these where there are wider.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .eager import infers_on_cpu
 
-try:
-    from dimmix import _native  # type: ignore[attr-defined]
-except ImportError:  # no compiler, or another system
-    _native = None
+_native: Any = None
+with suppress(ImportError):  # no compiler, or another system
+    _native = importlib.import_module("dimmix._native")
 
 
 def _choose(wish: str) -> str:
@@ -71,8 +72,8 @@ def takes(x: Tensor) -> bool:
 def steps_of(parts: nn.Module) -> list[Step]:
     """What `step()` of each child gives; none at all where one of them gives None, or weights that are not plain."""
     steps = []
-    for part in parts._modules.values():
-        step = part.step()
+    for part in parts.children():
+        step: Step | None = part.step() if hasattr(part, "step") else None  # type: ignore[operator]
         if step is None or not all(map(is_plain, (step.weight, step.bias, step.weight2, step.bias2))):
             return []
         steps.append(step)

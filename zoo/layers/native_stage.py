@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import native
 from .butterfly_conv import ChannelTranspose
-from .eager import is_hooked
+from .eager import is_hooked, part
 from .stem import ConvNorm
 
 Turn = tuple[int, int, int]
@@ -61,27 +61,30 @@ def turn_of(module: nn.Module) -> Turn | None:
     return (module.outer, module.middle, module.inner) if type(module) is ChannelTranspose else None
 
 
-def convolution_of(module: nn.Module) -> Convolution | None:
+def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution | None:
     """A ConvNorm as the kernel reads it; None where a part is not as it was built or fused, and has to be called."""
     if type(module) is not ConvNorm or is_hooked(module):
         return None
-    conv, norm = module._modules["conv"], module._modules["bn"]
+    conv, norm = part(module, "conv"), part(module, "bn")
     if type(conv) is not nn.Conv2d or is_hooked(conv) or is_hooked(norm):
+        return None
+    sides = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    if sides != ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), "zeros"):
         return None
     weight = conv.weight
     taps_first = not weight.is_contiguous()
     if taps_first and not weight.is_contiguous(memory_format=torch.channels_last):
         return None
-    shape = (len(weight), weight.shape[1], conv.groups, int(taps_first))
-    if type(norm) is nn.Identity:
-        tensors, epsilon = (weight, conv.bias, None, None, None, None), 0.0
-    elif type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats:
+    tensors: tuple[Tensor | None, ...] = (weight, conv.bias, None, None, None, None)
+    epsilon = 0.0
+    if type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats:
         tensors = (weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         epsilon = norm.eps
-    else:
+    elif type(norm) is not nn.Identity:
         return None
-    fits = weight.shape[1] <= MOST_CHANNELS and all(t is None or native.is_plain(t, strided=True) for t in tensors)
-    return Convolution(shape, tensors, epsilon) if fits else None
+    if weight.shape[1] > MOST_CHANNELS or not all(native.is_plain(tensor, strided=True) for tensor in tensors):
+        return None
+    return Convolution((len(weight), weight.shape[1], conv.groups, int(taps_first)), tensors, epsilon)
 
 
 def takes(x: Tensor) -> bool:
