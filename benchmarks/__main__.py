@@ -18,6 +18,7 @@ import torch
 
 from dimmix.allocator import keep_freed_memory
 from dimmix.checkpoints import cards
+from dimmix.layers import native
 from dimmix.registry import dense_twin
 
 from . import layers, models, operators, plots
@@ -96,6 +97,8 @@ def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
         jobs.append(("twins", lambda b=backend, n=batches: models.twins(plan.models, b, n, plan.seconds)))
         if backend in plan.equals:  # at once, while what it needs is prepared
             jobs.append(("equals", lambda b=backend: models.equals(b, plan.batches, plan.seconds)))
+        if backend == "fused" and native.INSTRUCTIONS:
+            jobs.append(("kernels", lambda: models.kernels(plan.models, plan.batches, plan.seconds / 2)))
     if plan.compiled:
         jobs.append(("twins", lambda: models.twins(plan.compiled, "compiled", plan.batches, plan.seconds)))
     if plan.operators:

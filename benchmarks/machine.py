@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dimmix.layers import native
 from dimmix.processor import processor
 
 
@@ -17,6 +18,7 @@ def describe() -> dict[str, Any]:
     return {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.INSTRUCTIONS,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),

@@ -20,6 +20,7 @@ from dimmix import list_models
 from dimmix.checkpoints import cards
 from dimmix.export import export_model
 from dimmix.fuse import fuse
+from dimmix.layers import native
 from dimmix.profile import count_macs
 from dimmix.registry import dense_twin
 from dimmix.runtime import OnnxRuntime, model_spec
@@ -147,6 +148,24 @@ def _onnx_runner(model: nn.Module) -> Callable[[torch.Tensor], object]:
         export_model(fuse(model), spec, "onnx", path, images, atol=1e-2)
         runtime = OnnxRuntime(path, "cpu")
     return lambda x: runtime.logits(x.numpy())
+
+
+def kernels(names: Iterable[str], batches: Iterable[int], seconds: float) -> list[Record]:
+    """Each model, BatchNorm folded, by our own kernels and by torch's operators alone."""
+    return [_with_and_without(name, batch, seconds) for name in names for batch in batches]
+
+
+def _with_and_without(name: str, batch: int, seconds: float) -> Record:
+    prepared = _prepared(name, "fused")
+    run = partial(prepared.run, torch.randn(batch, *prepared.size))
+
+    def without() -> object:
+        with native.switched_off():
+            return run()
+
+    times = compare({"kernels": run, "torch": without}, seconds)
+    timings = {f"{kind}_ms": asdict(summary(times[kind])) for kind in times}
+    return {"work": name, "batch": batch} | timings | {"faster": speedup(times["torch"], times["kernels"])}
 
 
 def front(names: Iterable[str], batch: int, seconds: float) -> list[Record]:

@@ -33,7 +33,8 @@ def _machine() -> str:
     machine = _read("linear")["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     processor = f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
-    return f"{processor}; {versions}; {machine['date']}"
+    kernels = f"kernels {machine['kernels'] or 'off'}"
+    return f"{processor}; {kernels}; {versions}; {machine['date']}"
 
 
 def _layers(modes: Sequence[str]) -> str:
@@ -103,8 +104,12 @@ def _operators() -> str:
 
 
 def _share(record: Record, place: int) -> str:
-    kind, percent = list(record["shares"].items())[place]
-    return f"{kind} {percent:.0f}"
+    return "".join(f"{kind} {percent:.0f}" for kind, percent in list(record["shares"].items())[place : place + 1])
+
+
+def _kernels() -> str:
+    columns = {"model": _get("work"), "batch": _get("batch"), "ms": _time("kernels_ms")}
+    return markdown_table(_records("kernels"), columns | {"ms, torch": _time("torch_ms"), "faster": _faster})
 
 
 def _command_line() -> str:
@@ -166,6 +171,7 @@ _PAIR: dict[str, Callable[[Record], object]] = {
 }
 
 TABLES: dict[str, Callable[[], str]] = {
+    "kernels": _kernels,
     "machine": _machine,
     "layers": lambda: _layers(["float32"]),
     "modes": lambda: _layers(["bfloat16", "training"]),

@@ -125,7 +125,7 @@ class Stage(nn.Sequential):
         blocks = []
         for block in self:
             plain = type(block) is BasicBlock or type(block) is BlockMix
-            native_block = block.native_block() if plain else None
+            native_block = block.native_block() if plain else None  # type: ignore[operator]
             if native_block is None:
                 return []
             blocks.append(native_block)

@@ -84,6 +84,13 @@ def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
     assert record["reach"] == 1.0
 
 
+@pytest.mark.skipif(not native.INSTRUCTIONS, reason="no kernels on this machine")
+def test_kernels_are_timed_beside_torch_alone(folder):
+    (record,) = _records(folder, "kernels")
+    assert (record["work"], record["batch"]) == ("butterfly_mixer_nano_32", 1)
+    assert record["faster"] == pytest.approx(record["torch_ms"]["median"] / record["kernels_ms"]["median"], rel=0.5)
+
+
 def test_operators_share_out_the_whole_pass(folder):
     sparse, dense = _records(folder, "operators")
     assert [sparse["work"], dense["work"]] == ["butterfly_mixer_nano_32", "butterfly_mixer_nano_32_dense"]

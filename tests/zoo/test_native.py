@@ -211,9 +211,10 @@ def test_the_environment_chooses(wish, expected):
 
 
 @pytest.mark.parametrize("name", ["butterfly_mixer_nano_32", "vit_butterfly_nano_patch4_32"])
-def test_models_answer_the_same_without(monkeypatch, name):
+def test_models_answer_the_same_without(name):
     model, x = timm.create_model(name, num_classes=10).eval(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         by_kernels = model(x)
-        monkeypatch.setattr(native, "INSTRUCTIONS", "")
-        assert (model(x) - by_kernels).abs().max() < 1e-5
+        with native.switched_off():
+            assert (model(x) - by_kernels).abs().max() < 1e-5
+        assert torch.equal(model(x), by_kernels)

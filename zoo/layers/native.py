@@ -8,8 +8,8 @@ inference in float32 on x86-64 with AVX2 or AVX-512; everywhere else, and for gr
 
 import importlib
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,17 @@ def _choose(wish: str) -> str:
 
 
 INSTRUCTIONS = _choose(os.environ.get("DIMMIX_NATIVE", ""))
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Torch's operators alone within, in all threads: to compare with."""
+    global INSTRUCTIONS
+    chosen, INSTRUCTIONS = INSTRUCTIONS, ""
+    try:
+        yield
+    finally:
+        INSTRUCTIONS = chosen
 
 
 LONGEST = 1024
