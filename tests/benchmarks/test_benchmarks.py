@@ -48,9 +48,11 @@ def _records(folder, subject):
 def test_writes_a_file_a_subject_with_the_machine_and_the_plots(folder):
     written = {path.name for path in folder.iterdir()}
     subjects = {"linear", "mlp", "attention", "memory", "twins", "front", "operators"}
+    subjects |= {"kernels"} if native.INSTRUCTIONS else set()
     assert written == {f"{s}.json" for s in subjects} | {"linear.png", "attention.png", "models.png"}
     machine = json.loads((folder / "linear.json").read_text())["machine"]
     assert machine["cores"] >= 1
+    assert machine["kernels"] == native.INSTRUCTIONS
     assert "torch" in machine["versions"]
 
 
