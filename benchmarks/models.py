@@ -1,8 +1,11 @@
 """Whole models: each sparse one against its dense twin, and beside models of timm, on images of 32 pixels."""
 
 import copy
+import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -41,7 +44,10 @@ def twins(names: Iterable[str], backend: str, batches: Iterable[int], seconds: f
     Half of the saving: with m times fewer MACs, at most (1 + 1 / m) / 2 of the twin's time. `backend` is one of
     "eager", "fused" (eager with BatchNorm folded), "compiled", "onnxruntime", or for eager runs "bfloat16", "training".
     """
-    return [record for name in names for record in _pair(name, dense_twin(name), backend, batches, seconds)]
+    pairs = [(name, dense_twin(name)) for name in names]
+    if backend == "onnxruntime":
+        export_all(dict.fromkeys(name for pair in pairs for name in pair))
+    return [record for name, twin in pairs for record in _pair(name, twin, backend, batches, seconds)]
 
 
 def equals(backend: str, batches: Iterable[int], seconds: float) -> list[Record]:
@@ -122,6 +128,7 @@ def _runner(model: nn.Module, backend: str) -> Callable[[torch.Tensor], object]:
         return _training_step(model.train())
     if backend == "fused":
         model = fuse(model)
+    torch._dynamo.config.recompile_limit = 256  # of `Trunk.forward`, which all our models share, at two batch sizes
     run = torch.compile(model) if backend == "compiled" else model
 
     @torch.no_grad()
@@ -141,13 +148,42 @@ def _training_step(model: nn.Module) -> Callable[[torch.Tensor], object]:
 
 
 def _onnx_runner(model: nn.Module) -> Callable[[torch.Tensor], object]:
-    images = np.random.default_rng(0).standard_normal((7, *model.pretrained_cfg["input_size"]), np.float32)
-    spec = model_spec(model, model.pretrained_cfg["architecture"], {})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_model(fuse(model), spec, "onnx", path, images, atol=1e-2)
-        runtime = OnnxRuntime(path, "cpu")
+    name = model.pretrained_cfg["architecture"]
+    if name not in _exports:
+        export_all([name])
+    runtime = OnnxRuntime(_exports[name], "cpu")
     return lambda x: runtime.logits(x.numpy())
+
+
+_exports: dict[str, Path] = {}
+_folder = tempfile.TemporaryDirectory()
+
+
+def export_all(names: Iterable[str]) -> None:
+    """ONNX files of models, BatchNorm folded: each takes seconds of one core, so as many at once as there are cores."""
+    wanted = {name: Path(_folder.name) / f"{name}.onnx" for name in names if name not in _exports}
+    workers = min(len(wanted), os.cpu_count() or 1)
+    if workers > 1:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, initializer=_take_any_core) as pool:
+            list(pool.map(_export, wanted, wanted.values()))
+    else:
+        for name, path in wanted.items():
+            _export(name, path)
+    _exports.update(wanted)
+
+
+def _take_any_core() -> None:
+    """A process inherits the one core that `OMP_PROC_BIND` has given to the thread that starts it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    torch.set_num_threads(1)
+
+
+def _export(name: str, path: Path) -> None:
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    images = np.random.default_rng(0).standard_normal((7, *model.pretrained_cfg["input_size"]), np.float32)
+    export_model(fuse(model), model_spec(model, name, {}), "onnx", path, images, atol=1e-2)
 
 
 def kernels(names: Iterable[str], batches: Iterable[int], seconds: float) -> list[Record]:

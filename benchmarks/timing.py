@@ -1,6 +1,10 @@
-"""Paired timings: every contender runs once a round, so that a slow moment of the machine slows them all."""
+"""Paired timings: every contender runs once a round, so that a slow moment of the machine slows them all.
+
+Rounds are in an order drawn anew: what ran before leaves its own data in the cache, to whoever is next.
+"""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +29,10 @@ def compare(calls: Mapping[str, Callable[[], object]], seconds: float, least: in
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     end = time.perf_counter() + seconds
-    rounds = 0
+    rounds, order, generator = 0, list(calls.items()), random.Random(0)
     while rounds < least or time.perf_counter() < end:
-        for name, call in calls.items():
+        generator.shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
