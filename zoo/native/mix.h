@@ -43,15 +43,18 @@ static void activate(float *x, long vectors) {
     for (long i = 0; i < vectors; i++) store(x + i * LANES, gelu(load(x + i * LANES)));
 }
 
-// One level from x to y. They may be the same tile where blocks give as many features as they take, since every block is
-// copied to `packed` before it is written.
+// One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied to
+// `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes.
 static void level(const Level &l, View x, View y, float *packed, float *hidden) {
-    const Matrix in = {packed, TILE}, between = {hidden, TILE};
+    const Matrix between = {hidden, TILE};
+    const bool in_place = l.stride == 1 && l.hidden;
     const long first = l.hidden ? l.hidden : l.outer;  // features that the first product of a block gives
     for (long group = 0; group < l.groups; group++)
         for (long offset = 0; offset < l.stride; offset++) {
             const long block = group * l.stride + offset;
-            gather(x.at(group * l.inner * l.stride + offset, 0), l.inner, l.stride, TILE, packed);
+            const View from = x.at(group * l.inner * l.stride + offset, 0);
+            const Matrix in = in_place ? Matrix{from.data, from.feature} : Matrix{packed, TILE};
+            if (!in_place) gather(from, l.inner, l.stride, TILE, packed);
             const Matrix out = {y.at(group * l.outer * l.stride + offset, 0).data, l.stride * y.feature};
             const Matrix weight = {(float *)l.weight + block * first * l.inner, l.inner};
             const float *bias = l.bias ? l.bias + block * first : nullptr;

@@ -90,14 +90,20 @@ struct Kernels {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define LANES 8
 #define BLOCK 4  // rows of a product in registers, of which there are 16
+#define MINIMUM _mm256_min_ps
+#define MAXIMUM _mm256_max_ps
 #include "kernels.h"
 #undef LANES
 #undef BLOCK
+#undef MINIMUM
+#undef MAXIMUM
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -106,9 +112,13 @@ namespace avx2 {
 namespace avx512 {
 #define LANES 16
 #define BLOCK 8  // of 32 registers
+#define MINIMUM _mm512_min_ps
+#define MAXIMUM _mm512_max_ps
 #include "kernels.h"
 #undef LANES
 #undef BLOCK
+#undef MINIMUM
+#undef MAXIMUM
 }  // namespace avx512
 #pragma GCC pop_options
 

@@ -12,8 +12,8 @@ typedef int Order __attribute__((vector_size(32)));
 INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector load(const float *x) { return *(const Vector *)x; }
 INLINE void store(float *x, Vector value) { *(Vector *)x = value; }
-INLINE Vector at_most(Vector x, float bound) { return x > bound ? all(bound) : x; }  // both keep what is not a number
-INLINE Vector at_least(Vector x, float bound) { return x < bound ? all(bound) : x; }
+INLINE Vector at_most(Vector x, float bound) { return MINIMUM(all(bound), x); }  // both keep what is not a number
+INLINE Vector at_least(Vector x, float bound) { return MAXIMUM(all(bound), x); }
 
 // e^x for x <= 0, to 2 units in the last place: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r.
 INLINE Vector exponential(Vector x) {
