@@ -53,9 +53,11 @@ def _versions() -> list[Record]:
 def _devices() -> list[Record]:
     import torch
 
+    from dimmix.layers.native import INSTRUCTIONS
     from dimmix.processor import processor
 
     found = [_check("cpu", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    found.append(_check("kernels", INSTRUCTIONS or "none: no compiler at installation, or no AVX2; torch does it all"))
     if torch.cuda.is_available():
         found += [_check(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():

@@ -70,6 +70,8 @@ class BasicBlock(nn.Module):
     @torch.jit.unused
     def native_block(self, turn: native_stage.Turn = (1, 1, 1)) -> native_stage.Block | None:
         """The block for `native_stage`, or None where something of it has to be called."""
+        if self.stride not in (1, 2):
+            return None
         shortcut, drop = part(self, "shortcut"), part(self, "drop_path")
         first = native_stage.convolution_of(part(self, "conv1"), 3, self.stride)
         second = native_stage.convolution_of(part(self, "conv2"), 3, 1)

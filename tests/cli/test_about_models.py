@@ -97,5 +97,6 @@ def test_doctor_checks_versions_weights_and_a_prediction(dimmix):
     done = dimmix("doctor")
     found = {record["check"]: record for record in lines(done.out)}
     assert found["dimmix"]["value"] == package.__version__
-    assert {"torch", "cpu", "cache", "self test", *cards()} <= set(found)
+    assert {"torch", "cpu", "kernels", "cache", "self test", *cards()} <= set(found)
+    assert found["kernels"]["value"].split(":")[0] in ("avx512", "avx2", "none")
     assert done.code == (0 if cards() else 1)

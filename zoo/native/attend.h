@@ -1,7 +1,7 @@
 // Softmax attention inside the groups of one level: one head of one group at a time, a tile of queries at a time.
 //
-// Queries lie across the lanes, as rows do in mix.h, and keys one below the other: largest and sum over the keys are then
-// taken a vector of queries at a time.
+// Queries lie across the lanes, as rows do in mix.h, and keys one below the other: largest and sum over the keys are
+// then taken a vector of queries at a time.
 
 // Scores of n keys, (n, VECTORS * LANES) -> their exponentials less the largest; `sum` gets the sums over the keys.
 template <int VECTORS>
@@ -49,7 +49,7 @@ static void attend(const Attend &a, long task, float *memory) {
     const View q = {(float *)a.q + here, 1, token}, out = {a.out + first * a.heads * d + head * d, 1, token_out};
     Matrix k = {(float *)a.k + here, token}, v = {(float *)a.v + here, token};
     if (n <= LANES) return attend_tile<1>(q, n, k, v, n, d, a.scale, out, memory);
-    if (n > TILE) {  // read again for each tile of queries: from one place, for tokens far apart share lines of the cache
+    if (n > TILE) {  // read again for each tile of queries, so from one place: tokens far apart share sets of the cache
         float *keys = memory + (2 * d + n) * TILE, *values = keys + n * d;
         copy(k, n, d, {keys, d});
         copy(v, n, d, {values, d});

@@ -3,8 +3,8 @@
 // A channel is a plane of height rows of width + 1 floats: the last one is 0, and so is what lies above and below. A
 // convolution is then, for whole vectors that run on from row to row, a sum of the planes of its group shifted by each
 // tap, whatever the size of the group. What comes out at the ends of rows is set to 0 again. Permuted channels are read
-// from, or written to, other planes: nothing is copied. With stride 2 the planes are first dealt out by even and odd rows
-// and columns.
+// from, or written to, other planes: nothing is copied. With stride 2 the planes are first dealt out by even and odd
+// rows and columns.
 
 struct Planes {
     float *data;

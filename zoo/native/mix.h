@@ -43,8 +43,8 @@ static void activate(float *x, long vectors) {
     for (long i = 0; i < vectors; i++) store(x + i * LANES, gelu(load(x + i * LANES)));
 }
 
-// One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied to
-// `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes.
+// One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied
+// to `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes.
 static void level(const Level &l, View x, View y, float *packed, float *hidden) {
     const Matrix between = {hidden, TILE};
     const bool in_place = l.stride == 1 && l.hidden;

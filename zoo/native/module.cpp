@@ -1,5 +1,5 @@
-// dimmix._native: mixing layers on x86-64, where AVX2 or AVX-512 is. Python calls it with addresses; layers/native.py is the
-// only caller and has checked shapes, types and strides.
+// dimmix._native: mixing layers on x86-64, where AVX2 or AVX-512 is. Python calls it with addresses; layers/native.py
+// and native_stage.py are the only callers and have checked shapes, types and strides.
 
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
@@ -39,8 +39,9 @@ struct Convolution {
     float epsilon;
 };
 
-// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing. `turn` are the permutations of channels
-// before the first and (backwards) after the last, and between the two, each a transpose of (outer, middle, inner).
+// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing; stride 1 or 2. The turns are the
+// permutations of channels before the first and (backwards) after the last, and between the two, each a transpose of
+// (outer, middle, inner).
 struct Block {
     long stride, turn[3], turn_middle[3];
     Convolution first, second, shortcut;
@@ -157,8 +158,8 @@ static PyObject *answer(bool enough) {
     return Py_None;
 }
 
-// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers): of each level the 7 numbers and the 4 addresses of
-// `Level`, in two lists.
+// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers): of each level the 7 numbers and the 4 addresses
+// of `Level`, in two lists.
 static PyObject *py_mix(PyObject *, PyObject *args) {
     const int most = 32, numbers = 7, addresses = 4;
     Mix m = {};

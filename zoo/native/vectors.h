@@ -32,8 +32,8 @@ INLINE Vector exponential(Vector x) {
     return y * (Vector)power;
 }
 
-// x Phi(x), the exact GELU: erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit with
-// its weights moved until the largest error was smallest, 4.3e-8 before rounding.
+// x Phi(x), the exact GELU: erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit
+// whose weights were moved until the largest error was smallest, 4.3e-8 before rounding.
 INLINE Vector gelu(Vector x) {
     const Vector z = at_least(at_most(x * 0.70710678f, 3.92f), -3.92f);
     const Vector u = z * z;
@@ -62,8 +62,9 @@ struct Matrix {
 
 static const Matrix none = {nullptr, 0};
 
-// out[r, :] = start + sum over i of weight[r, i] in[i, :], for ROWS rows and VECTORS vectors of columns. `start` is plus[r, :],
-// else bias[r], else 0; either may be null. With TURNED the weight is weight[i, r]. The sums stay in registers.
+// out[r, :] = start + sum over i of weight[r, i] in[i, :], for ROWS rows and VECTORS vectors of columns. `start` is
+// plus[r, :], else bias[r], else 0; either may be null. With TURNED the weight is weight[i, r]. The sums stay in
+// registers.
 template <int ROWS, int VECTORS, bool TURNED>
 INLINE void multiply(Matrix weight, long inner, Matrix in, Matrix out, const float *bias, Matrix plus) {
     Vector sum[ROWS][VECTORS];
