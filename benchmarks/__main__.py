@@ -1,4 +1,4 @@
-"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--out FOLDER]`.
+"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--compile-all] [--out FOLDER]`.
 
 Writes one JSON file a subject and the plots. `--quick` runs the layers alone, briefly, and writes nothing unless told
 where; `--check` exits with 1 if a ratio falls short.
@@ -39,6 +39,15 @@ SPARSE = (
 )
 """Measured besides the models that have weights."""
 
+COMPILED = (
+    "butterfly_resnet20_convmix_w32",
+    "butterfly_resnet_fast_32",
+    "vit_butterfly_tiny_patch4_32",
+    "butterfly_mixer_fast_32",
+    "patch_only_mixer_tiny_32",
+)
+"""Compiled unless all are asked for: it takes a quarter of a minute a model, and its twin as long."""
+
 TIMM = ("resnet10t", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "ghostnet_050", "lcnet_100", "tinynet_e")
 
 
@@ -65,7 +74,7 @@ class Plan:
 QUICK = Plan(seconds=1)
 
 
-def full_plan() -> Plan:
+def full_plan(compile_all: bool = False) -> Plan:
     """Everything, among it the sparse models with weights and all dense ones that were trained."""
     bundled = {card.architecture for card in cards().values() if dense_twin(card.architecture)}
     trained = {card.architecture for card in [*cards().values(), *unbundled()]}
@@ -76,7 +85,7 @@ def full_plan() -> Plan:
         modes=("float32", "bfloat16", "training"),
         backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),
         models=tuple(dict.fromkeys((*SPARSE, *sorted(bundled)))),
-        compiled=tuple(sorted(bundled)) or SPARSE[:1],
+        compiled=tuple(sorted(bundled)) if compile_all else COMPILED,
         others=(*sorted(dense), *TIMM),
         equals=("fused", "onnxruntime"),
         operators=True,
@@ -133,10 +142,11 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Sparse layers and models beside dense.")
     parser.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
     parser.add_argument("--check", action="store_true", help="exit with 1 and name the ratios that fall short")
+    parser.add_argument("--compile-all", action="store_true", help="compile every model: seven minutes more")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    results = run(plan or (QUICK if options.quick else full_plan()))
+    results = run(plan or (QUICK if options.quick else full_plan(options.compile_all)))
     folder = options.out or (None if options.quick else FOLDER)
     if folder:
         write(results, folder)

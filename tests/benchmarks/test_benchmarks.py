@@ -64,6 +64,7 @@ def test_the_whole_plan_times_what_has_weights_and_each_dense_twin_once():
     twins = {dense_twin(name) for name in plan.models} & {card.architecture for card in unbundled()}
     assert "butterfly_mixer_nano_32_dense" in twins
     assert twins <= set(timed)
+    assert set(plan.compiled) < set(full_plan(compile_all=True).compiled)
 
 
 def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
