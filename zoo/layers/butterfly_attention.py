@@ -96,12 +96,13 @@ class ButterflyAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
-        if not torch.jit.is_scripting() and self.radix <= native.LONGEST and native.takes(q):
-            return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
-        if not torch.jit.is_scripting() and torch.onnx.is_in_onnx_export() and self.radix <= SMALL_GROUP:
-            return self._attend_in_onnx(q, k, v)
-        q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
+            if self.radix <= native.LONGEST and native.takes(q):
+                return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
+            if torch.onnx.is_in_onnx_export() and self.radix <= SMALL_GROUP:
+                return self._attend_in_onnx(q, k, v)
+        q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
+        if not torch.jit.is_scripting():
             if torch.compiler.is_exporting() and self.radix <= SMALL_GROUP_BF16:
                 # What ONNX makes of the fused kernel works out shapes as it runs, and turns the keys twice.
                 return ((q @ k.mT * self.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).reshape(shape)
