@@ -91,7 +91,9 @@ def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
 def test_kernels_are_timed_beside_torch_alone(folder):
     (record,) = _records(folder, "kernels")
     assert (record["work"], record["batch"]) == ("butterfly_mixer_nano_32", 1)
-    assert record["faster"] == pytest.approx(record["torch_ms"]["median"] / record["kernels_ms"]["median"], rel=0.5)
+    assert set(record) == {"work", "batch", "kernels_ms", "torch_ms", "faster"}
+    assert record["kernels_ms"]["rounds"] == record["torch_ms"]["rounds"] >= 5
+    assert native.INSTRUCTIONS  # switched on again
 
 
 def test_operators_share_out_the_whole_pass(folder):
