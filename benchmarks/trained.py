@@ -5,8 +5,14 @@ from pathlib import Path
 from dimmix.checkpoints import Card
 
 CARDS = Path(__file__).parents[1] / "docs" / "cards"
+CPU_CARDS = CARDS / "cpu"
 
 
 def unbundled() -> list[Card]:
     """Cards of trained models whose weights are not bundled, timm's among them, by name."""
     return [Card.read(path) for path in sorted(CARDS.glob("*.json"))]
+
+
+def by_cpu_recipes() -> list[Card]:
+    """Cards of first trainings, by the recipes for CPU cores, of models that a GPU has trained again since; by name."""
+    return [Card.read(path) for path in sorted(CPU_CARDS.glob("*.json"))]

@@ -72,7 +72,7 @@ def export(
     \b
     Examples:
       dimmix export butterfly_resnet20_convmix_w32.cifar10 --to onnx
-      dimmix export butterfly_resnet20_convmix_w32.cifar10 --to onnx --int8 --data photos/ -o small.onnx
+      dimmix export butterfly_resnet_fast_32.cifar10 --to onnx --int8 --data photos/ -o small.onnx
       dimmix predict photo.png --model butterfly_resnet20_convmix_w32.cifar10.onnx
     """
     if int8 and (to is not Kind.onnx or data is None):

@@ -19,7 +19,7 @@ from dimmix.registry import dense_twin
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmark is not installed
 from benchmarks import plots  # noqa: E402
-from benchmarks.trained import unbundled  # noqa: E402
+from benchmarks.trained import by_cpu_recipes, unbundled  # noqa: E402
 
 SEEDS = ROOT / "docs" / "seeds"
 BEGIN, END = "<!-- models: written by docs/tables.py -->", "<!-- /models -->"
@@ -40,8 +40,7 @@ Understanding MLP-Mixer as a Wide and Sparse MLP ([arXiv:2306.01470](https://arx
 
 Top-1, top-5 and per-class accuracy are percentages of the held-out test images, looked at once, after the last epoch,
 with the averaged (EMA) weights, in the precision that is stored, and no test-time augmentation. NLL is in nats; ECE, in
-percent, has 15 bins. MACs are multiply-accumulates for one image. "Seeds" is the mean and standard deviation of top-1
-where the training was repeated with other seeds (their cards are in docs/seeds); the row itself is of one.
+percent, has 15 bins. MACs are multiply-accumulates for one image.
 `dimmix eval DATA --model NAME --check` repeats a row's accuracy; the weights of the rows with a † are not bundled
 (docs/models.md says why), and their recipes train them again. Milliseconds are of
 [docs/performance.md](docs/performance.md), measured by `python -m benchmarks` on two CPU cores in float32.
@@ -54,6 +53,21 @@ Points of top-1 above the dense twin, which was trained alike; what part of the 
 parameters the model has; and how many times as fast it takes 64 images. One training of each is compared, that of the
 row: ten thousand test images alone give a top-1 of 90 % a standard error of 0.3 points, and one of 70 % of 0.5. In the
 butterfly mixers the blocks take larger steps (`block_lr_mult` in their recipes) than the twins' matrices.
+
+### Recipes for CPU cores
+
+{cpu}
+
+Top-1 of models that were trained on CPU cores first, by `recipes/cpu/NAME.toml` (the teacher there has a third of the
+parameters), and what the same model has by the recipe for a GPU, `recipes/NAME.toml`, whose weights are bundled. Their
+cards are in docs/cards/cpu.
+
+### Other seeds
+
+{seeds}
+
+Mean and standard deviation of top-1 over trainings that differ in the seed alone; the cards of the seeds after the
+first are in docs/seeds.
 
 ## Intended use
 
@@ -73,8 +87,8 @@ the original. Where hyper-parameters or epochs were compared, it was on the last
 
 ## Training
 
-A teacher learnt from the same training images and no others. Its weights and card lie beside the recipes in the
-repository (`recipes/teacher_cnn.*`), not in the package.
+Teachers learnt from the same training images and no others. Their weights and cards lie beside the recipes in the
+repository (`recipes/teacher_cnn*`), not in the package.
 
 {training}
 
@@ -138,7 +152,6 @@ def _table(found: list[Card], short: bool = False) -> str:
         "params": lambda card: f"{card.params:,}",
         "MMACs": lambda card: f"{card.macs / 1e6:.1f}",
         "ms, 64 images": lambda card: f"{latency[card.architecture]:.1f}" if card.architecture in latency else "",
-        "seeds": _seeds,
         "trained": lambda card: f"{card.epochs} epochs, {card.train_minutes:.0f} min",
     }
     if short:
@@ -180,14 +193,35 @@ def _best_first(found: list[Card]) -> list[Card]:
     return sorted(found, key=key)
 
 
-def _seeds(card: Card) -> str:
-    """Mean and standard deviation of top-1 over the card's seed and those in docs/seeds, which are cards too."""
-    others = [Card.read(path) for path in sorted(SEEDS.glob(f"{card.name}.seed*.json"))]
-    if not others:
-        return ""
-    assert {(other.recipe, other.epochs) for other in others} == {(card.recipe, card.epochs)}
-    reached = [card.top1, *(other.top1 for other in others)]
-    return f"{statistics.mean(reached):.2f} ± {statistics.stdev(reached):.2f} ({len(reached)})"
+def _by_recipes(found: list[Card]) -> str:
+    """What each model had by the recipe for CPU cores, and has by that for a GPU."""
+    last = {card.name: card for card in found}
+    columns = {
+        "model": lambda card: f"`{card.name}`",
+        "top-1 %": lambda card: f"{card.top1:.2f}",
+        "epochs": lambda card: str(card.epochs),
+        "minutes": lambda card: f"{card.train_minutes:.0f}",
+        "top-1 % by the recipe for a GPU": lambda card: f"{last[card.name].top1:.2f}" if card.name in last else "",
+    }
+    return benchmark_tables.markdown_table(_best_first(by_cpu_recipes()), columns)
+
+
+def _seeds(found: list[Card]) -> str:
+    """Mean and standard deviation of top-1 over the seeds of each recipe that was repeated."""
+    by_recipe = {card.recipe: [card] for card in [*found, *by_cpu_recipes()]}
+    for path in sorted(SEEDS.glob("*.json")):
+        card = Card.read(path)
+        assert card.epochs == by_recipe[card.recipe][0].epochs
+        by_recipe[card.recipe].append(card)
+    repeated = [cards for cards in by_recipe.values() if len(cards) > 1]
+    columns = {
+        "recipe": lambda cards: f"`{cards[0].recipe}`",
+        "top-1 %": lambda cards: " ± ".join(
+            f"{of(c.top1 for c in cards):.2f}" for of in (statistics.mean, statistics.stdev)
+        ),
+        "seeds": lambda cards: str(len(cards)),
+    }
+    return benchmark_tables.markdown_table(repeated, columns)
 
 
 def _model_card(found: list[Card]) -> str:
@@ -232,6 +266,8 @@ def _model_card(found: list[Card]) -> str:
         metadata=metadata.to_yaml(),
         table=_table(found),
         twins=_beside_twins(found),
+        cpu=_by_recipes(found),
+        seeds=_seeds(found),
         training=training,
         classes=classes,
     )

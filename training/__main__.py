@@ -36,9 +36,9 @@ def train(
 
     \b
     Examples:
-      dimmix train recipes/butterfly_resnet20_convmix_w32.cifar10.toml --data datasets --split val
-      dimmix train recipes/butterfly_resnet20_convmix_w32.cifar10.toml --data datasets --set train.seed=1 --name seed1
-      torchrun --nproc-per-node 2 -m dimmix.training recipes/butterfly_resnet20_convmix_w32.cifar10.toml
+      dimmix train recipes/cpu/butterfly_resnet20_convmix_w32.cifar10.toml --data datasets --split val
+      dimmix train recipes/cpu/butterfly_resnet20_convmix_w32.cifar10.toml --data datasets --set train.seed=1 --name s1
+      torchrun --nproc-per-node 2 -m dimmix.training recipes/cpu/butterfly_resnet20_convmix_w32.cifar10.toml
     """
     from .plot import plot_curves
     from .recipe import read_recipe

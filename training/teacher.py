@@ -38,3 +38,9 @@ def teacher_cnn(pretrained: bool = False, **kwargs: Any) -> TeacherCnn:
     """Widths 64, 256, 256: 2.0 M parameters, 152 M multiply-accumulates."""
     accepted = {key: value for key, value in kwargs.items() if key in ("widths", "stem", "num_classes", "in_chans")}
     return TeacherCnn(**accepted)
+
+
+@register_model
+def teacher_cnn_wide(pretrained: bool = False, **kwargs: Any) -> TeacherCnn:
+    """Widths 128, 384, 512 and a stem of 64: 6.1 M parameters, 464 M multiply-accumulates."""
+    return teacher_cnn(pretrained, **{"widths": (128, 384, 512), "stem": 64} | kwargs)

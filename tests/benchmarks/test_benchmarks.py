@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks import plots
 from benchmarks.__main__ import Plan, _line, full_plan, main
 from benchmarks.check import shortfalls
-from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
+from benchmarks.models import _accuracies, _accuracies_alike, _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
-from benchmarks.trained import unbundled
+from benchmarks.trained import by_cpu_recipes, unbundled
 from dimmix.checkpoints import cards
 from dimmix.layers import native
 from dimmix.registry import dense_twin
@@ -170,12 +170,20 @@ def test_a_model_of_timm_is_folded_to_the_same_function(name):
 def test_the_front_says_who_is_ahead_of_each_of_ours(monkeypatch):
     top1 = {"butterfly_resnet_nano_32": 80.0, "resnet20_w16": 90.0, "test_byobnet": 85.0, "resnet10t": 95.0}
     took = {"butterfly_resnet_nano_32": 9.0, "resnet20_w16": 2.0, "test_byobnet": 3.0, "resnet10t": 4.0}
-    monkeypatch.setattr("benchmarks.models._accuracies", lambda: top1)
+    monkeypatch.setattr("benchmarks.models._accuracies_alike", lambda: top1)
     monkeypatch.setattr("benchmarks.models.compare", lambda runs, seconds: {name: [took[name]] * 2 for name in runs})
     ours, *others = front(top1, batch=1, seconds=0)
     assert (ours["beaten_by"], ours["beaten_by_larger"]) == (["test_byobnet"], ["resnet10t"])
     assert ours["beaten_by_dense"] == ["resnet20_w16"]
     assert not any("beaten_by" in other for other in others)
+
+
+def test_on_the_front_our_models_are_as_the_recipe_of_timm_s_left_them():
+    first = {card.architecture: card.top1 for card in by_cpu_recipes() if card.dataset == "cifar10"}
+    last, alike = _accuracies(), _accuracies_alike()
+    assert alike == last | first
+    assert first["butterfly_resnet_fast_32"] < last["butterfly_resnet_fast_32"]
+    assert alike["resnet10t"] == last["resnet10t"]
 
 
 def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():

@@ -58,13 +58,13 @@ def place(tmp_path, monkeypatch, class_folders, tiny, hub, token):
         for split in ("train", "test"):
             shutil.copy(CIFAR10, f"{name}/{split}-00000-of-00001.parquet")
     Path("data").symlink_to("datasets")
-    Path("recipes").mkdir()
-    for recipe in (ROOT / "recipes").glob("*.toml"):
+    Path("recipes/cpu").mkdir(parents=True)
+    for recipe in (ROOT / "recipes").rglob("*.toml"):
         text = recipe.read_text(encoding="utf-8")
         for line, smaller in SMALLER_RECIPE.items():
             text = re.sub(f"^{line}$", smaller, text, flags=re.MULTILINE)
-        Path("recipes", recipe.name).write_text(text, encoding="utf-8")
-    for teacher in (ROOT / "recipes").glob("teacher_cnn.*"):
+        Path(recipe.relative_to(ROOT)).write_text(text, encoding="utf-8")
+    for teacher in (ROOT / "recipes").glob("teacher_cnn*"):
         Path("recipes", teacher.name).symlink_to(teacher)
     Path("runs/mine").mkdir(parents=True)
     shutil.copy(tiny.checkpoint, "runs/mine")

@@ -6,16 +6,16 @@ import pytest
 import timm
 
 import dimmix.training.teacher  # noqa: F401, registers it
-from benchmarks.trained import unbundled
+from benchmarks.trained import by_cpu_recipes, unbundled
 from dimmix.checkpoints import Card, cards
 from dimmix.errors import DimmixError
 from dimmix.training.learner import load_teacher
 from dimmix.training.recipe import parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 TEACHERS = map(Card.read, ROOT.glob("recipes/*.json"))
-MEASURED = {card.recipe: card for card in (*cards().values(), *unbundled(), *TEACHERS)}
+MEASURED = {card.recipe: card for card in (*cards().values(), *unbundled(), *by_cpu_recipes(), *TEACHERS)}
 
 
 def test_reads_values_and_defaults(recipe_file: Callable[..., Path]) -> None:
@@ -87,30 +87,34 @@ def test_a_wrong_override_is_refused(recipe_file: Callable[..., Path], change: s
     assert change.partition("=")[0] in str(raised.value)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_shown)
 def test_every_recipe_of_the_project_is_sound(path: Path) -> None:
     recipe = read_recipe(path)
     assert timm.is_model(recipe.model.name)
     header = path.read_text().partition("[model]")[0]
-    assert f"dimmix train recipes/{path.name}" in header
+    assert f"dimmix train {_shown(path)}" in header
     assert "Result" in header
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=_shown)
 def test_a_header_says_what_the_card_does(path: Path) -> None:
     recipe, lines = read_recipe(path), path.read_text().splitlines()
     (result,) = (line.removeprefix("# Result").strip() for line in lines if line.startswith("# Result"))
-    card = MEASURED.get(f"recipes/{path.name}")
+    card = MEASURED.get(_shown(path))
     if card is None:
         assert result == "not measured yet"
         return
     assert result.startswith(f"{card.top1:.2f} % test top-1 (last epoch, EMA, seed {card.seed}); ")
     assert f"; {card.train_minutes:.0f} minutes at {card.images_per_second:.0f} images/s on " in result
     assert (card.epochs, card.seed, card.split) == (recipe.schedule.epochs, recipe.train.seed, "test")
-    assert card.command.startswith(f"dimmix train recipes/{path.name} --split full")
+    assert card.command.startswith(f"dimmix train {_shown(path)} --split full")
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if read_recipe(path).teacher], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in RECIPES if read_recipe(path).teacher], ids=_shown)
 def test_the_teacher_comes_with_the_recipe(path: Path) -> None:
     recipe = read_recipe(path)
     card = Card.read(Path(recipe.teacher_weights).with_suffix(".json"))
