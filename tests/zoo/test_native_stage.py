@@ -62,7 +62,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 40), (15, 9)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (8, 32), (16, 40), (15, 9)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_stages_are_what_torch_makes_of_them(instructions, stages, kind, size):  # noqa: F811
     model = _model(**kind)
