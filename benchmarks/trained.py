@@ -14,5 +14,5 @@ def unbundled() -> list[Card]:
 
 
 def by_cpu_recipes() -> list[Card]:
-    """Cards of first trainings, by the recipes for CPU cores, of models that a GPU has trained again since; by name."""
+    """Cards by the recipes for CPU cores of models that a GPU has trained since, or whose twins it has; by name."""
     return [Card.read(path) for path in sorted(CPU_CARDS.glob("*.json"))]

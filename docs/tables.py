@@ -58,9 +58,9 @@ butterfly mixers the blocks take larger steps (`block_lr_mult` in their recipes)
 
 {cpu}
 
-Top-1 of models that were trained on CPU cores first, by `recipes/cpu/NAME.toml` (the teacher there has a third of the
-parameters), and what the same model has by the recipe for a GPU, `recipes/NAME.toml`, whose weights are bundled. Their
-cards are in docs/cards/cpu.
+Top-1 of models that were trained on CPU cores, by `recipes/cpu/NAME.toml` (the teacher there has a third of the
+parameters), and where a GPU has trained the same model since, by `recipes/NAME.toml`, what it has now, as in the tables
+above. The weights of the first are not kept; their cards are in docs/cards/cpu.
 
 ### Other seeds
 
@@ -165,6 +165,7 @@ def _beside_twins(found: list[Card]) -> str:
     known = {(card.dataset, card.architecture): card for card in found}
     twins = [(card, known.get((card.dataset, dense_twin(card.name)))) for card in _best_first(found)]
     pairs = [(card, twin) for card, twin in twins if twin]
+    assert all(card.epochs == twin.epochs and card.teacher == twin.teacher for card, twin in pairs), "not trained alike"
 
     def faster(pair: tuple[Card, Card]) -> str:
         times = [latency.get(card.architecture) for card in pair]
