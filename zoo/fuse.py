@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .layers import ConvNorm
+from .butterfly import ButterflySchedule
+from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -38,11 +39,30 @@ def merge_groups(model: nn.Module, least: int) -> nn.Module:
     """
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and 1 < module.weight.shape[1] < least:
-            merged, rest = divmod(least, module.weight.shape[1])
-            if rest == 0 and module.groups % merged == 0:
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            width = min(module.in_channels, module.out_channels) // module.groups
+            merged, rest = divmod(least, width)
+            if 1 < width < least and rest == 0 and module.groups % merged == 0:
                 _merge(module, merged)
     return model
+
+
+def convolve_levels(model: nn.Module, least: int) -> nn.Module:
+    """A copy of `model` in which the levels of a ButterflyMlp are convolutions in groups, the rows being pixels.
+
+    Where its blocks are, or merge to, multiples of `least` features. One block of all features stays a product.
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, mlp in parent.named_children():
+            if isinstance(mlp, ButterflyMlp) and len(mlp.schedule) > 1 and _merges(mlp.schedule, least):
+                setattr(parent, name, ConvButterflyMlp(mlp))
+    return model
+
+
+def _merges(schedule: ButterflySchedule, least: int) -> bool:
+    blocks, radix = schedule.n // schedule.radix, schedule.radix
+    return radix % least == 0 or (least % radix == 0 and blocks % (least // radix) == 0)
 
 
 @torch.no_grad()

@@ -140,8 +140,11 @@ class OnnxRuntime:
             providers.insert(0, "CUDAExecutionProvider")
         elif device == "cuda":
             raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
+        options = onnxruntime.SessionOptions()
+        # Else its threads wait actively for a while after each run, and hold up decoding, or another session.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = onnxruntime.InferenceSession(os.fspath(path), providers=providers)
+            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:
             raise DimmixError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from error
         metadata = self.session.get_modelmeta().custom_metadata_map

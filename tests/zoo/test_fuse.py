@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import dimmix  # noqa: F401
-from dimmix.fuse import fuse, merge_groups
+from dimmix.fuse import convolve_levels, fuse, merge_groups
+from dimmix.layers import ButterflyMlp, ConvButterflyMlp
 
 
 def _trained_a_little(name):
@@ -62,3 +63,38 @@ def test_merging_leaves_groups_that_do_not_add_up():
     assert wide.weight.shape == (16, 4, 3, 3)
     assert (wide.weight[:4, 2:] == 0).all()
     assert (wide.weight[4:8, :2] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "convolved", "groups"),
+    [
+        ("butterfly_mixer_nano_32", 12, {4, 12}),  # blocks of 8 tokens, which pair, and of 16 channels
+        ("butterfly_mixer_fast_32", 4, {4}),  # 20 channels do not fill vectors of 16
+        ("butterfly_mixer_fast_patch2_32", 4, {16}),  # the channels are one block
+        ("butterfly_mixer_paper_d7", 7, {4}),  # blocks of 11 channels
+    ],
+)
+def test_levels_as_convolutions_give_the_same(name, convolved, groups):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).double().eval()
+    other = convolve_levels(model, 16)
+    assert sum(isinstance(module, ConvButterflyMlp) for module in other.modules()) == convolved
+    assert not any(isinstance(module, ConvButterflyMlp) for module in model.modules())
+    merged = merge_groups(other, 16)
+    convs = [conv for module in merged.modules() if isinstance(module, ConvButterflyMlp) for conv in module.modules()]
+    assert {conv.groups for conv in convs if isinstance(conv, nn.Conv2d)} == groups
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for same in (other, merged):
+        torch.testing.assert_close(same(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_butterfly_of_convolutions_gives_the_same_whatever_comes_first(residual):
+    torch.manual_seed(0)
+    mlp = ButterflyMlp(192, 16, residual=residual, dtype=torch.float64).eval()
+    conv = ConvButterflyMlp(mlp)
+    x = torch.randn(10, 192, dtype=torch.float64)
+    for got in (conv(x), conv.mix_exported(x), conv.mix(x.t()).flatten(0, -2).t(), conv.mix(x.t(), True)):
+        torch.testing.assert_close(got, mlp(x), rtol=1e-12, atol=1e-12)

@@ -4,7 +4,7 @@ from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_attention import ButterflyAttention
 from .butterfly_conv import ChannelTranspose, gather_groups, scatter_groups
 from .butterfly_linear import ButterflyFactor, ButterflyLinear
-from .butterfly_mlp import BlockMlp, ButterflyMlp, DenseMlp, MonarchMlp
+from .butterfly_mlp import BlockMlp, ButterflyMlp, ConvButterflyMlp, DenseMlp, MonarchMlp
 from .patch_fold import PatchFold
 from .permute import Permute, random_order
 from .pointwise import Linear
@@ -18,6 +18,7 @@ __all__ = [
     "ButterflyLinear",
     "ButterflyMlp",
     "ChannelTranspose",
+    "ConvButterflyMlp",
     "ConvNorm",
     "ConvStem",
     "DenseMlp",

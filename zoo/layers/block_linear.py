@@ -87,6 +87,17 @@ class BlockLinear(nn.Module):
         bias = None if self.bias is None else self.bias.view(-1)
         return F.conv2d(x, self.weight.view(-1, in_features, 1, 1), bias, groups=blocks)
 
+    def as_convolution(self) -> nn.Conv2d:
+        """A 1x1 convolution of the same weights, copied, a group for each block: (1, features, H, W) in and out."""
+        blocks, out_features, in_features = self.weight.shape
+        biased, dd = self.bias is not None, {"device": self.weight.device, "dtype": self.weight.dtype}
+        conv = nn.Conv2d(blocks * in_features, blocks * out_features, 1, groups=blocks, bias=biased, **dd)
+        with torch.no_grad():
+            conv.weight.copy_(self.weight.view(conv.weight.shape))
+            if conv.bias is not None and self.bias is not None:
+                conv.bias.copy_(self.bias.flatten())
+        return conv
+
     def dense_equivalent(self) -> Tensor:
         """The block-diagonal matrix itself, (blocks * out_features, blocks * in_features)."""
         return torch.block_diag(*self.weight)

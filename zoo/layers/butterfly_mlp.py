@@ -188,8 +188,9 @@ class ButterflyMlp(FeatureMixer):
         assert isinstance(level, BlockMlp)
         if level.view.blocks > 1:
             return super().mix_exported(x)
-        hidden = level.drop(F.gelu(F.linear(x, *(p[0] for p in level.fc1.parameters()))))
-        return F.linear(hidden, *(p[0] for p in level.fc2.parameters()))
+        # A third axis, or onnxruntime would take a Gemm and a GELU where it has a faster product and BiasGelu.
+        hidden = level.drop(F.gelu(F.linear(x.unsqueeze(0), *(p[0] for p in level.fc1.parameters()))))
+        return F.linear(hidden, *(p[0] for p in level.fc2.parameters())).squeeze(0)
 
     @torch.jit.unused
     def mix_pixels(self, x: Tensor) -> Tensor:
@@ -201,3 +202,55 @@ class ButterflyMlp(FeatureMixer):
 
     def extra_repr(self) -> str:
         return repr(self.schedule)
+
+
+class ConvButterflyMlp(FeatureMixer):
+    """A ButterflyMlp for inference whose products are 1x1 convolutions in groups, the rows being pixels.
+
+    For runtimes with fast convolutions in groups and slow batches of small products (`fuse.convolve_levels`).
+
+    Args:
+        mlp: whose weights are copied, a group for each block.
+    """
+
+    def __init__(self, mlp: ButterflyMlp) -> None:
+        super().__init__()
+        self.levels = nn.Sequential(*[_ConvLevel(level) for level in mlp.levels])  # type: ignore[arg-type]
+
+    def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
+        """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
+
+        With `features_last` the result is (rows, n).
+        """
+        x = self.levels(x)
+        return x.flatten(0, -2).t() if features_last else x
+
+    @torch.jit.unused
+    def mix_exported(self, x: Tensor) -> Tensor:
+        """(rows, n) -> (rows, n)."""
+        first = self.levels[0]
+        assert isinstance(first, _ConvLevel)
+        return self.levels[1:](first.from_rows(x)).flatten(0, -2).t()
+
+
+class _ConvLevel(nn.Module):
+    """A BlockMlp in convolutions."""
+
+    def __init__(self, level: BlockMlp) -> None:
+        super().__init__()
+        self.view, self.radix, self.residual = level.view, level.radix, level.residual
+        self.fc1, self.fc2 = level.fc1.as_convolution(), level.fc2.as_convolution()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features first -> features first, leading axes as `LevelView.merge` leaves them."""
+        x = self.view.split(x, self.radix)
+        return self._mix(x.reshape(1, -1, 1, x.shape[2]))
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """The same of (rows, n), for a first level, of neighbours: pixels that onnxruntime turns fast."""
+        return self._mix(x.view(1, 1, *x.shape).permute(0, 3, 1, 2))
+
+    def _mix(self, pixels: Tensor) -> Tensor:
+        y = self.fc2(F.gelu(self.fc1(pixels)))
+        y = y + pixels if self.residual else y
+        return self.view.merge(y.reshape(self.view.blocks, self.radix, y.shape[3]))
