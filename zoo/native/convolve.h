@@ -21,16 +21,20 @@ struct Planes {
     }
 };
 
-// The channel that stands at place j after a transpose of (outer, middle, inner) to (outer, inner, middle).
-INLINE long turned(const long *turn, long j) {
+// places[j] = `step` times the channel that stands at place j after a transpose of (outer, middle, inner) to (outer,
+// inner, middle).
+static void turn(const long *turn, long channels, long step, int *places) {
     const long middle = turn[1], inner = turn[2];
-    const long m = j % middle, i = j / middle % inner, o = j / (middle * inner);
-    return (o * middle + m) * inner + i;
+    long j = 0;
+    for (long o = 0; o < channels; o += middle * inner)
+        for (long i = 0; i < inner; i++)
+            for (long m = 0; m < middle; m++) places[j++] = (o + m * inner + i) * step;
 }
 
-// out[r] = scale[r] * sum over i of weight[r, i] x[offsets[i]] + shift[r] + plus[r], at least 0 if `relu`.
+// out[r] = scale[r] * sum over i of weight[r, i] x[offsets[i]] + shift[r] + plus[r], at least 0 if `relu`. Not inline:
+// among what its caller keeps there are no registers left for the rows of the weight, and each step would load them anew.
 template <int ROWS, int VECTORS>
-INLINE void taps(
+__attribute__((noinline)) static void taps(
     const float *weight, const int *offsets, long inner, const float *x, long at, float *const *out,
     const float *const *plus, const float *scale, const float *shift, bool relu) {
     Vector sum[ROWS][VECTORS];
@@ -66,41 +70,57 @@ struct Rows {
     static constexpr int count = COUNT;
 };
 
-// Where a convolution reads and writes. `phases` planes lie between the phases of x, if it was dealt out.
+// Memory of a plan, in floats or integers.
+static long table_size(const Convolution &c) { return c.groups * c.width * (c.kernel * c.kernel + 1) + 3 * c.out; }
+
+// What a convolution needs that no image changes: of each of its inputs, in the order of its weights, how far it lies
+// from the first pixel; of each of its results the plane, and what it is multiplied by and added to.
+// `phases` planes lie between the phases of x, if it was dealt out; the turns are of the channels of x and of y.
+static void make_tables(
+    Convolution &c, const Planes &x, long phases, const long *turn_in, const long *turn_out, int *memory) {
+    const long kernel = c.kernel * c.kernel, channels = c.groups * c.width;
+    int *offsets = memory, *planes = offsets + channels * kernel, *places = planes + channels;
+    float *scale = (float *)(places + c.out), *shift = scale + c.out;
+    turn(turn_in, channels, x.pitch(), planes);
+    turn(turn_out, c.out, 1, places);
+    for (long t = 0; t < kernel; t++) {
+        long dy = c.kernel == 3 ? t / 3 - 1 : 0, dx = c.kernel == 3 ? t % 3 - 1 : 0, phase = 0;
+        if (phases) {  // row 2 y + dy is row y of the even or odd ones, or y - 1 of the odd ones
+            phase = (dy ? 2 : 0) + (dx ? 1 : 0);
+            dy = dy < 0 ? -1 : 0, dx = dx < 0 ? -1 : 0;
+        }
+        const int tap = phase * phases * x.pitch() + dy * x.row() + dx;
+        for (long group = 0; group < c.groups; group++) {
+            int *to = offsets + group * c.width * kernel;
+            const int *from = planes + group * c.width;
+            for (long k = 0; k < c.width; k++) to[c.taps_first ? t * c.width + k : k * kernel + t] = from[k] + tap;
+        }
+    }
+    for (long r = 0; r < c.out; r++) {
+        scale[r] = c.gamma ? c.gamma[r] / sqrtf(c.variance[r] + c.epsilon) : 1.0f;
+        shift[r] = c.gamma ? c.beta[r] - c.mean[r] * scale[r] : 0.0f;
+        if (c.bias) shift[r] += c.bias[r] * scale[r];
+    }
+    c.offsets = offsets, c.places = places, c.scale = scale, c.shift = shift;
+}
+
+// Where a convolution reads and writes.
 struct Place {
-    Planes x;
-    long phases;
-    const long *turn_in, *turn_out;  // of the channels of x, of those of y and plus
-    Planes y;
+    Planes x, y;
     const Planes *plus;
     bool relu;
 };
 
 // Channels first .. first + count of c, all in one group and at most BLOCK of them.
 static void some_channels(const Convolution &c, const Place &p, long first, long count) {
-    int offsets[9 * MOST_CHANNELS];
-    const long group = first / (c.out / c.groups), kernel = c.kernel * c.kernel, inner = kernel * c.width;
-    for (long k = 0; k < c.width; k++) {
-        const long channel = turned(p.turn_in, group * c.width + k);
-        for (long t = 0; t < kernel; t++) {
-            long dy = c.kernel == 3 ? t / 3 - 1 : 0, dx = c.kernel == 3 ? t % 3 - 1 : 0, phase = 0;
-            if (p.phases) {  // row 2 y + dy is row y of the even or odd ones, or y - 1 of the odd ones
-                phase = (dy ? 2 : 0) + (dx ? 1 : 0);
-                dy = dy < 0 ? -1 : 0, dx = dx < 0 ? -1 : 0;
-            }
-            const long plane = phase * p.phases + channel;
-            offsets[c.taps_first ? t * c.width + k : k * kernel + t] = plane * p.x.pitch() + dy * p.x.row() + dx;
-        }
-    }
-    float scale[BLOCK], shift[BLOCK], *out[BLOCK];
+    const long inner = c.kernel * c.kernel * c.width;
+    const int *offsets = c.offsets + first / (c.out / c.groups) * inner, *places = c.places + first;
+    const float *scale = c.scale + first, *shift = c.shift + first;
+    float *out[BLOCK];
     const float *plus[BLOCK];
     for (long r = 0; r < count; r++) {
-        const long channel = first + r, place = turned(p.turn_out, channel);
-        scale[r] = c.gamma ? c.gamma[channel] / sqrtf(c.variance[channel] + c.epsilon) : 1.0f;
-        shift[r] = c.gamma ? c.beta[channel] - c.mean[channel] * scale[r] : 0.0f;
-        if (c.bias) shift[r] += c.bias[channel] * scale[r];
-        out[r] = p.y.of(place);
-        if (p.plus) plus[r] = p.plus->of(place);
+        out[r] = p.y.of(places[r]);
+        if (p.plus) plus[r] = p.plus->of(places[r]);
     }
     const float *weight = c.weight + first * inner, *x = p.x.of(0);
     const float *const *adds = p.plus ? plus : nullptr;
@@ -117,7 +137,7 @@ static void some_channels(const Convolution &c, const Place &p, long first, long
         };
         rest(Rows<4>{}, 4), rest(Rows<2>{}, 2), rest(Rows<1>{}, 1);
     }
-    for (long r = 0; r < count; r++) p.y.clear_edges(turned(p.turn_out, first + r));
+    for (long r = 0; r < count; r++) p.y.clear_edges(places[r]);
 }
 
 template <class Each>
@@ -157,55 +177,83 @@ static void deal_out(const Planes &from, long channel, const Planes &to, long ph
     }
 }
 
+// Calls f(block, planes before it, planes within it, channels before it) of all blocks, the planes without memory.
+template <class F>
+static void each_block(const Stage &s, const F &f) {
+    Planes x = {nullptr, s.height, s.width};
+    long channels = s.channels;
+    for (long i = 0; i < s.count; i++) {
+        Block &b = s.blocks[i];
+        const Planes in = {nullptr, (x.height + b.stride - 1) / b.stride, (x.width + b.stride - 1) / b.stride};
+        f(b, x, in, channels);
+        x = in, channels = b.second.out;
+    }
+}
+
 // Floats of the largest set of planes there is at once.
 static long stage_buffer(const Stage &s) {
-    Planes x = {nullptr, s.height, s.width};
-    long channels = s.channels, most = channels * x.pitch();
-    for (long i = 0; i < s.count; i++) {
-        const Block &b = s.blocks[i];
-        if (b.stride == 2) {
-            x = {nullptr, (x.height + 1) / 2, (x.width + 1) / 2};
-            most = most > 4 * channels * x.pitch() ? most : 4 * channels * x.pitch();
-        }
-        channels = b.second.out;
-        most = most > channels * x.pitch() ? most : channels * x.pitch();
-    }
+    long most = s.channels * Planes{nullptr, s.height, s.width}.pitch();
+    each_block(s, [&](const Block &b, const Planes &, const Planes &in, long channels) {
+        const long phases = b.stride == 2 ? 4 * channels : 0, planes = phases > b.second.out ? phases : b.second.out;
+        if (planes * in.pitch() > most) most = planes * in.pitch();
+    });
     return most;
+}
+
+static long stage_plan_memory(const Stage &s) {
+    long size = 0;
+    each_block(s, [&](const Block &b, const Planes &, const Planes &, long) {
+        size += table_size(b.first) + table_size(b.second) + table_size(b.shortcut);
+    });
+    return size;
+}
+
+// Fills in the tables of all convolutions.
+static void stage_plan(const Stage &s, float *memory) {
+    static const long same[3] = {1, 1, 1};
+    int *tables = (int *)memory;
+    each_block(s, [&](Block &b, const Planes &, const Planes &in, long channels) {
+        const long phases = b.stride == 2 ? channels : 0;
+        make_tables(b.first, in, phases, b.turn, same, tables), tables += table_size(b.first);
+        make_tables(b.second, in, 0, b.turn_middle, b.turn, tables), tables += table_size(b.second);
+        if (b.shortcut.weight) make_tables(b.shortcut, in, phases, b.turn, b.turn, tables);
+        tables += table_size(b.shortcut);
+    });
 }
 
 // All blocks on one image. `memory` holds three times `stage_buffer` floats; `each(n, f)` calls f(0) .. f(n - 1).
 template <class Each>
 static void stage_image(const Stage &s, long image, float *memory, const Each &each) {
-    const long buffer = stage_buffer(s), same[3] = {1, 1, 1};
+    const long buffer = stage_buffer(s);
     float *here = memory, *there = memory + buffer, *middle = memory + 2 * buffer;
-    Planes x = {here, s.height, s.width};
-    long channels = s.channels;
-    each((channels + 7) / 8, [&](long part) {
-        const long first = part * 8, left = channels - first;
-        read_channels(s, s.x + image * s.x_image, x, first, left < 8 ? left : 8);
+    Planes last = {here, s.height, s.width};
+    each((s.channels + 7) / 8, [&](long part) {
+        const long first = part * 8, left = s.channels - first;
+        read_channels(s, s.x + image * s.x_image, last, first, left < 8 ? left : 8);
     });
-    for (long i = 0; i < s.count; i++) {
-        const Block &b = s.blocks[i];
-        Planes in = x, out = {here, x.height, x.width};
-        long phases = 0;
-        if (b.stride == 2) {
-            phases = channels;
-            in = {there, (x.height + 1) / 2, (x.width + 1) / 2};
-            out = {here, in.height, in.width};
-            each(channels, [&](long channel) { deal_out(x, channel, in, phases); });
-        } else if (b.shortcut.weight)
-            out.data = there;
+    each_block(s, [&](const Block &b, Planes x, Planes in, long channels) {
+        x.data = here;
+        Planes out = {here, in.height, in.width};
         const Planes between = {middle, in.height, in.width};
-        convolution(b.first, {in, phases, b.turn, same, between, nullptr, true}, each);
-        if (b.shortcut.weight) convolution(b.shortcut, {in, phases, b.turn, b.turn, out, nullptr, false}, each);
-        convolution(b.second, {between, 0, b.turn_middle, b.turn, out, &out, true}, each);
+        if (b.stride == 2) {
+            in.data = there;
+            each(channels, [&](long channel) { deal_out(x, channel, in, channels); });
+        } else {
+            in.data = here;
+            if (b.shortcut.weight) out.data = there;
+        }
+        convolution(b.first, {in, between, nullptr, true}, each);
+        if (b.shortcut.weight) convolution(b.shortcut, {in, out, nullptr, false}, each);
+        convolution(b.second, {between, out, &out, true}, each);
         if (out.data == there) there = here, here = out.data;
-        x = out, channels = b.second.out;
-    }
-    float *y = s.y + image * x.height * x.width * channels;
-    each(x.height, [&](long row) {
+        last = out;
+    });
+    const long channels = s.blocks[s.count - 1].second.out;
+    float *y = s.y + image * last.height * last.width * channels;
+    each(last.height, [&](long row) {
         transpose(
-            {x.of(0) + row * x.row(), x.pitch()}, channels, x.width, {y + row * x.width * channels, channels});
+            {last.of(0) + row * last.row(), last.pitch()}, channels, last.width,
+            {y + row * last.width * channels, channels});
     });
 }
 

@@ -7,7 +7,8 @@
 
 #define NAME_OF(lanes) ((lanes) == 16 ? "avx512" : "avx2")
 static const Kernels kernels = {
-    NAME_OF(LANES), TILE, mix_memory, mix, attend_memory, attend, stage_memory, stage, stage_together};
+    NAME_OF(LANES), TILE, mix_memory, mix, attend_memory, attend, stage_plan_memory, stage_plan, stage_memory, stage,
+    stage_together};
 
 #undef INLINE
 #undef TILE

@@ -37,6 +37,8 @@ struct Convolution {
     long out, width, groups, taps_first, kernel;
     const float *weight, *bias, *gamma, *beta, *mean, *variance;
     float epsilon;
+    const int *offsets, *places;  // these and the next are filled in by the kernels
+    const float *scale, *shift;
 };
 
 // A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing; stride 1 or 2. The turns are the
@@ -53,10 +55,8 @@ struct Stage {
     float *y;
     long x_image, x_channel, x_row, x_column;
     long images, channels, height, width, count;
-    const Block *blocks;
+    Block *blocks;
 };
-
-#define MOST_CHANNELS 512  // in a group
 
 // Memory of a thread's own, kept from call to call.
 class Scratch {
@@ -75,7 +75,7 @@ class Scratch {
     ~Scratch() { free(memory); }
 };
 
-static thread_local Scratch scratch;
+static thread_local Scratch scratch, plans;
 
 // What an instruction set has.
 struct Kernels {
@@ -85,6 +85,8 @@ struct Kernels {
     void (*mix)(const Mix &, long tile, float *memory);
     long (*attend_memory)(const Attend &);
     void (*attend)(const Attend &, long task, float *memory);
+    long (*stage_plan_memory)(const Stage &);
+    void (*stage_plan)(const Stage &, float *memory);  // before the next two, once for all images
     long (*stage_memory)(const Stage &);
     void (*stage)(const Stage &, long image, float *memory);
     void (*stage_together)(const Stage &, long image, float *memory);
@@ -262,10 +264,14 @@ static PyObject *py_stage(PyObject *, PyObject *args) {
     }
     if (PyErr_Occurred()) return nullptr;
     s.x = (const float *)x, s.y = (float *)y, s.blocks = blocks;
-    bool enough = true;
+    bool enough;
     Py_BEGIN_ALLOW_THREADS;
     const long memory = kernels->stage_memory(s);
-    if (s.images < threads) {
+    float *plan = plans.get(kernels->stage_plan_memory(s));
+    if (plan) kernels->stage_plan(s, plan);
+    if (!plan) {
+        enough = false;
+    } else if (s.images < threads) {
         float *buffers = scratch.get(memory);
         for (long image = 0; buffers && image < s.images; image++) kernels->stage_together(s, image, buffers);
         enough = buffers;
