@@ -1,23 +1,21 @@
 // A stage of residual blocks on one image: grouped 3x3 convolutions, BatchNorm, ReLU and the permutations of channels.
 //
-// A channel is a plane of height rows of width + 1 floats: the last one is 0, and so is what lies above and below. A
-// convolution is then, for whole vectors that run on from row to row, a sum of the planes of its group shifted by each
-// tap, whatever the size of the group. What comes out at the ends of rows is set to 0 again. Permuted channels are read
-// from, or written to, other planes: nothing is copied. With stride 2 the planes are first dealt out by even and odd
-// rows and columns.
+// A channel is a plane of height rows of width floats, and what lies above and below is 0. A convolution is then, for
+// whole vectors that run on from row to row, a sum of the planes of its group shifted by each tap, whatever the size of
+// the group; what a tap finds at the other end of a row is masked. Permuted channels are read from, or written to, other
+// planes: nothing is copied. With stride 2 the planes are first dealt out by even and odd rows and columns.
 
 struct Planes {
     float *data;
     long height, width;
-    long row() const { return width + 1; }
-    long start() const { return (width + 17) / 16 * 16; }  // at least a row of zeros and one more
-    long pitch() const { return ((start() + (height + 1) * row() + 2 * LANES + 16) / 16 | 1) * 16; }  // not 4 KiB apart
+    long length() const { return height * width; }
+    long start() const { return (width + 16) / 16 * 16; }  // at least a row of zeros and one more
+    long pitch() const { return ((start() + length() + width + 2 * LANES + 16) / 16 | 1) * 16; }  // not 4 KiB apart
     float *of(long channel) const { return data + channel * pitch() + start(); }
     void clear_edges(long channel) const {
         float *plane = of(channel);
-        memset(plane - start(), 0, 4 * start());
-        for (long y = 0; y < height; y++) plane[y * row() + width] = 0;
-        memset(plane + height * row(), 0, 4 * (row() + 1));
+        for (long i = -start(); i < 0; i += LANES) store(plane + i, Vector{});
+        for (long i = 0; i <= width; i += LANES) store(plane + length() + i, Vector{});
     }
 };
 
@@ -31,38 +29,46 @@ static void turn(const long *turn, long channels, long step, int *places) {
             for (long m = 0; m < middle; m++) places[j++] = (o + m * inner + i) * step;
 }
 
-// out[r] = scale[r] * sum over i of weight[r, i] x[offsets[i]] + shift[r] + plus[r], at least 0 if `relu`. Not inline:
-// among what its caller keeps there are no registers left for the rows of the weight, and each step would load them anew.
+// out[r] = scale[r] * sum over taps t and channels k of weight[r, t, k] x[t, k] + shift[r] + plus[r], at least 0 if
+// `relu`. Not inline: among what its caller keeps there would be no registers left for the rows of the weight.
 template <int ROWS, int VECTORS>
 __attribute__((noinline)) static void taps(
-    const float *weight, const int *offsets, long inner, const float *x, long at, float *const *out,
+    const Convolution &c, const float *weight, const int *planes, const float *x, long at, float *const *out,
     const float *const *plus, const float *scale, const float *shift, bool relu) {
+    const long kernel = c.kernel * c.kernel, width = c.width, inner = kernel * width;
+    const long next_channel = c.taps_first ? 1 : kernel, next_tap = c.taps_first ? c.width : 1;
     Vector sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) sum[r][c] = Vector{};
-    for (long i = 0; i < inner; i++) {
-        const float *from = x + offsets[i] + at;
-        Vector v[VECTORS];
-        for (int c = 0; c < VECTORS; c++) v[c] = load(from + c * LANES);
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < VECTORS; c++) sum[r][c] += v[c] * weight[r * inner + i];
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = Vector{};
+    for (long t = 0; t < kernel; t++) {
+        const float *from = x + c.taps[t].offset + at, *w = weight + t * next_tap;
+        Integers mask[VECTORS];
+        for (int v = 0; v < VECTORS; v++) mask[v] = *(const Integers *)(c.taps[t].mask + at + v * LANES);
+#pragma GCC unroll 4
+        for (long k = 0; k < width; k++, w += next_channel) {
+            Vector pixels[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                pixels[v] = (Vector)((Integers)load(from + planes[k] + v * LANES) & mask[v]);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++) sum[r][v] += pixels[v] * w[r * inner];
+        }
     }
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) {
-            Vector y = sum[r][c] * scale[r] + shift[r];
-            if (plus) y += load(plus[r] + at + c * LANES);
-            store(out[r] + at + c * LANES, relu ? at_least(y, 0.0f) : y);
+        for (int v = 0; v < VECTORS; v++) {
+            Vector y = sum[r][v] * scale[r] + shift[r];
+            if (plus) y += load(plus[r] + at + v * LANES);
+            store(out[r] + at + v * LANES, relu ? at_least(y, 0.0f) : y);
         }
 }
 
 template <int ROWS>
 static void taps_everywhere(
-    const float *weight, const int *offsets, long inner, const float *x, long length, float *const *out,
+    const Convolution &c, const float *weight, const int *planes, const float *x, long length, float *const *out,
     const float *const *plus, const float *scale, const float *shift, bool relu) {
     long at = 0;
     for (; at + LANES < length; at += 2 * LANES)
-        taps<ROWS, 2>(weight, offsets, inner, x, at, out, plus, scale, shift, relu);
-    if (at < length) taps<ROWS, 1>(weight, offsets, inner, x, at, out, plus, scale, shift, relu);
+        taps<ROWS, 2>(c, weight, planes, x, at, out, plus, scale, shift, relu);
+    if (at < length) taps<ROWS, 1>(c, weight, planes, x, at, out, plus, scale, shift, relu);
 }
 
 template <int COUNT>
@@ -70,38 +76,45 @@ struct Rows {
     static constexpr int count = COUNT;
 };
 
-// Memory of a plan, in floats or integers.
-static long table_size(const Convolution &c) { return c.groups * c.width * (c.kernel * c.kernel + 1) + 3 * c.out; }
+// Integers of the masks of planes of a size, and of the tables of a convolution.
+static long mask_size(const Planes &x) { return (x.length() / LANES + 2) * LANES; }
+static long table_size(const Convolution &c) { return c.groups * c.width + 3 * c.out; }
 
-// What a convolution needs that no image changes: of each of its inputs, in the order of its weights, how far it lies
-// from the first pixel; of each of its results the plane, and what it is multiplied by and added to.
-// `phases` planes lie between the phases of x, if it was dealt out; the turns are of the channels of x and of y.
+// Three masks: of what a tap one to the left, in the middle and one to the right finds in its own row.
+static void make_masks(const Planes &x, int *masks) {
+    const long size = mask_size(x);
+    for (long i = 0; i < size; i++) {
+        masks[i] = i % x.width ? -1 : 0;
+        masks[size + i] = -1;
+        masks[2 * size + i] = (i + 1) % x.width ? -1 : 0;
+    }
+}
+
+// What a convolution needs that no image changes: its taps; of each of its inputs, in the order of its weights, how far
+// its plane lies from the first; of each of its results the plane, and what it is multiplied by and added to. `phases`
+// planes lie between the phases of x, if it was dealt out; the turns are of the channels of x and of y.
 static void make_tables(
-    Convolution &c, const Planes &x, long phases, const long *turn_in, const long *turn_out, int *memory) {
-    const long kernel = c.kernel * c.kernel, channels = c.groups * c.width;
-    int *offsets = memory, *planes = offsets + channels * kernel, *places = planes + channels;
+    Convolution &c, const Planes &x, long phases, const long *turn_in, const long *turn_out, const int *masks,
+    int *memory) {
+    const long channels = c.groups * c.width;
+    int *planes = memory, *places = planes + channels;
     float *scale = (float *)(places + c.out), *shift = scale + c.out;
     turn(turn_in, channels, x.pitch(), planes);
     turn(turn_out, c.out, 1, places);
-    for (long t = 0; t < kernel; t++) {
+    for (long t = 0; t < c.kernel * c.kernel; t++) {
         long dy = c.kernel == 3 ? t / 3 - 1 : 0, dx = c.kernel == 3 ? t % 3 - 1 : 0, phase = 0;
         if (phases) {  // row 2 y + dy is row y of the even or odd ones, or y - 1 of the odd ones
             phase = (dy ? 2 : 0) + (dx ? 1 : 0);
             dy = dy < 0 ? -1 : 0, dx = dx < 0 ? -1 : 0;
         }
-        const int tap = phase * phases * x.pitch() + dy * x.row() + dx;
-        for (long group = 0; group < c.groups; group++) {
-            int *to = offsets + group * c.width * kernel;
-            const int *from = planes + group * c.width;
-            for (long k = 0; k < c.width; k++) to[c.taps_first ? t * c.width + k : k * kernel + t] = from[k] + tap;
-        }
+        c.taps[t] = {phase * phases * x.pitch() + dy * x.width + dx, masks + (dx + 1) * mask_size(x)};
     }
     for (long r = 0; r < c.out; r++) {
         scale[r] = c.gamma ? c.gamma[r] / sqrtf(c.variance[r] + c.epsilon) : 1.0f;
         shift[r] = c.gamma ? c.beta[r] - c.mean[r] * scale[r] : 0.0f;
         if (c.bias) shift[r] += c.bias[r] * scale[r];
     }
-    c.offsets = offsets, c.places = places, c.scale = scale, c.shift = shift;
+    c.planes = planes, c.places = places, c.scale = scale, c.shift = shift;
 }
 
 // Where a convolution reads and writes.
@@ -114,7 +127,7 @@ struct Place {
 // Channels first .. first + count of c, all in one group and at most BLOCK of them.
 static void some_channels(const Convolution &c, const Place &p, long first, long count) {
     const long inner = c.kernel * c.kernel * c.width;
-    const int *offsets = c.offsets + first / (c.out / c.groups) * inner, *places = c.places + first;
+    const int *planes = c.planes + first / (c.out / c.groups) * c.width, *places = c.places + first;
     const float *scale = c.scale + first, *shift = c.shift + first;
     float *out[BLOCK];
     const float *plus[BLOCK];
@@ -124,16 +137,16 @@ static void some_channels(const Convolution &c, const Place &p, long first, long
     }
     const float *weight = c.weight + first * inner, *x = p.x.of(0);
     const float *const *adds = p.plus ? plus : nullptr;
-    const long length = p.y.height * p.y.row();
+    const long length = p.y.length();
     if (count == BLOCK) {
-        taps_everywhere<BLOCK>(weight, offsets, inner, x, length, out, adds, scale, shift, p.relu);
+        taps_everywhere<BLOCK>(c, weight, planes, x, length, out, adds, scale, shift, p.relu);
     } else {
         long r = 0;
         const auto rest = [&](auto rows, long fewer) {
             for (; count - r >= fewer; r += fewer)
                 taps_everywhere<decltype(rows)::count>(
-                    weight + r * inner, offsets, inner, x, length, out + r, adds ? adds + r : nullptr, scale + r,
-                    shift + r, p.relu);
+                    c, weight + r * inner, planes, x, length, out + r, adds ? adds + r : nullptr, scale + r, shift + r,
+                    p.relu);
         };
         rest(Rows<4>{}, 4), rest(Rows<2>{}, 2), rest(Rows<1>{}, 1);
     }
@@ -153,7 +166,7 @@ static void convolution(const Convolution &c, const Place &p, const Each &each) 
 static void read_channels(const Stage &s, const float *x, const Planes &planes, long first, long count) {
     for (long y = 0; y < s.height; y++) {
         const float *from = x + first * s.x_channel + y * s.x_row;
-        float *to = planes.of(first) + y * planes.row();
+        float *to = planes.of(first) + y * planes.width;
         if (s.x_channel == 1)
             transpose({(float *)from, s.x_column}, s.width, count, {to, planes.pitch()});
         else
@@ -167,12 +180,12 @@ static void read_channels(const Stage &s, const float *x, const Planes &planes, 
 static void deal_out(const Planes &from, long channel, const Planes &to, long phases) {
     for (long phase = 0; phase < 4; phase++) {
         float *plane = to.of(phase * phases + channel);
-        for (long y = 0; y < to.height; y++)
-            for (long x = 0; x < to.width; x++) {
-                const long row = 2 * y + phase / 2, column = 2 * x + phase % 2;
-                const bool inside = row < from.height && column < from.width;
-                plane[y * to.row() + x] = inside ? from.of(channel)[row * from.row() + column] : 0.0f;
-            }
+        const long rows = (from.height + 1 - phase / 2) / 2, columns = (from.width + 1 - phase % 2) / 2;
+        for (long y = 0; y < to.height; y++) {
+            const float *row = from.of(channel) + (2 * y + phase / 2) * from.width + phase % 2;
+            const long inside = y < rows ? columns : 0;
+            for (long x = 0; x < to.width; x++) plane[y * to.width + x] = x < inside ? row[2 * x] : 0.0f;
+        }
         to.clear_edges(phase * phases + channel);
     }
 }
@@ -202,8 +215,8 @@ static long stage_buffer(const Stage &s) {
 
 static long stage_plan_memory(const Stage &s) {
     long size = 0;
-    each_block(s, [&](const Block &b, const Planes &, const Planes &, long) {
-        size += table_size(b.first) + table_size(b.second) + table_size(b.shortcut);
+    each_block(s, [&](const Block &b, const Planes &, const Planes &in, long) {
+        size += 3 * mask_size(in) + table_size(b.first) + table_size(b.second) + table_size(b.shortcut);
     });
     return size;
 }
@@ -211,12 +224,13 @@ static long stage_plan_memory(const Stage &s) {
 // Fills in the tables of all convolutions.
 static void stage_plan(const Stage &s, float *memory) {
     static const long same[3] = {1, 1, 1};
-    int *tables = (int *)memory;
+    int *masks = nullptr, *tables = (int *)memory;
     each_block(s, [&](Block &b, const Planes &, const Planes &in, long channels) {
         const long phases = b.stride == 2 ? channels : 0;
-        make_tables(b.first, in, phases, b.turn, same, tables), tables += table_size(b.first);
-        make_tables(b.second, in, 0, b.turn_middle, b.turn, tables), tables += table_size(b.second);
-        if (b.shortcut.weight) make_tables(b.shortcut, in, phases, b.turn, b.turn, tables);
+        if (!masks || b.stride == 2) make_masks(in, masks = tables), tables += 3 * mask_size(in);
+        make_tables(b.first, in, phases, b.turn, same, masks, tables), tables += table_size(b.first);
+        make_tables(b.second, in, 0, b.turn_middle, b.turn, masks, tables), tables += table_size(b.second);
+        if (b.shortcut.weight) make_tables(b.shortcut, in, phases, b.turn, b.turn, masks, tables);
         tables += table_size(b.shortcut);
     });
 }
@@ -252,7 +266,7 @@ static void stage_image(const Stage &s, long image, float *memory, const Each &e
     float *y = s.y + image * last.height * last.width * channels;
     each(last.height, [&](long row) {
         transpose(
-            {last.of(0) + row * last.row(), last.pitch()}, channels, last.width,
+            {last.of(0) + row * last.width, last.pitch()}, channels, last.width,
             {y + row * last.width * channels, channels});
     });
 }

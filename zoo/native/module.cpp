@@ -31,13 +31,20 @@ struct Attend {
     float scale;
 };
 
+// How far the pixels lie that a weight meets, and which of them are beside the row: 0 there, else -1.
+struct Tap {
+    long offset;
+    const int *mask;
+};
+
 // A grouped convolution, `width` channels in a group of its input, and the BatchNorm after it, if `gamma` is there.
 // The weights of a channel lie tap by tap if `taps_first`, else channel by channel.
 struct Convolution {
     long out, width, groups, taps_first, kernel;
     const float *weight, *bias, *gamma, *beta, *mean, *variance;
     float epsilon;
-    const int *offsets, *places;  // these and the next are filled in by the kernels
+    Tap taps[9];  // these and the next are filled in by the kernels
+    const int *planes, *places;
     const float *scale, *shift;
 };
 
