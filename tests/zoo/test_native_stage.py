@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from dimmix.butterfly_resnet import ButterflyResNet
 from dimmix.fuse import fuse
-from dimmix.layers import native, native_stage
+from dimmix.layers import ConvStem, native, native_stage
 from dimmix.profile import count_macs
 
 from .test_native import instructions  # noqa: F401  a fixture
@@ -62,7 +62,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 16), (8, 32), (16, 40), (15, 9)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (8, 32), (16, 40), (15, 9), (4, 3)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_stages_are_what_torch_makes_of_them(instructions, stages, kind, size):  # noqa: F811
     model = _model(**kind)
@@ -70,7 +70,7 @@ def test_stages_are_what_torch_makes_of_them(instructions, stages, kind, size): 
         x = torch.randn(images, 3, *size)
         with torch.no_grad():
             actual, folded = model.forward_features(x), fuse(model).forward_features(x)
-            assert stages == [len(blocks) for blocks in model.blocks] * 2
+            assert stages == [len(model.stem) // 2, *(len(blocks) for blocks in model.blocks)] * 2
             stages.clear()
             expected = model.double().forward_features(x.double())
         model.float()
@@ -153,6 +153,51 @@ def test_what_was_altered_is_called(stages, alter):
     assert stages == [2]
 
 
+def _altered_stems():
+    def hooked_convolution(stem):
+        stem[2].conv.register_forward_hook(lambda *_: None)
+
+    def hooked_relu(stem):
+        stem[1].register_forward_hook(lambda *_: None)
+
+    def without_its_first(stem):
+        stem[0] = nn.Conv2d(3, 8, 3, padding=1)
+
+    def without_a_convolution(stem):
+        stem[0].conv = nn.Conv2d(3, 8, 1)
+
+    def another_activation(stem):
+        stem[3] = nn.GELU()
+
+    def wider_steps(stem):
+        stem[2].conv.stride = (3, 3)
+
+    return [hooked_convolution, hooked_relu, without_its_first, without_a_convolution, another_activation, wider_steps]
+
+
+@pytest.mark.parametrize("alter", _altered_stems(), ids=lambda alter: alter.__name__)
+def test_what_was_altered_in_a_stem_is_called(stages, alter):
+    torch.manual_seed(0)
+    stem, x = ConvStem(3, 16, 2, full_res=True).eval(), torch.randn(2, 3, 13, 11)
+    with torch.no_grad():
+        stem(x)
+        assert stages == [2]
+        alter(stem)
+        assert (stem(x) - nn.Sequential(*stem)(x)).abs().max() == 0
+    assert stages == [2]
+
+
+def test_a_stem_that_ends_in_a_1x1_convolution(instructions, stages):  # noqa: F811
+    torch.manual_seed(0)
+    stem, x = ConvStem(3, 16, 4, full_res=True, dim=24).eval(), torch.randn(5, 3, 18, 14)
+    with torch.no_grad():
+        actual = stem(x)
+        assert stages == [3]
+        expected = nn.Sequential(*stem).double()(x.double())
+    assert actual.shape == (5, 24, 5, 4)
+    assert _relative(actual, expected) < 1e-5
+
+
 def test_where_the_kernel_is_not_taken(stages):
     model = _model()
     model(torch.randn(2, 3, 16, 16))  # gradients are wanted
@@ -166,12 +211,20 @@ def test_where_the_kernel_is_not_taken(stages):
     assert stages == []
 
 
-def test_few_images_and_narrow_groups_pay(monkeypatch):
+def test_all_but_many_images_of_small_maps_in_wide_groups_pay(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for kind, images, expected in ((4, 64, True), (16, 64, True), (32, 64, False), (32, 8, False), (32, 7, True)):
-        stage = _model(width=32, radix=(kind,) * 3, first_radix=(kind,) * 3).blocks[0]
+    for kind, images, side, expected in (
+        (4, 64, 4, True),
+        (16, 64, 4, True),
+        (32, 64, 4, False),
+        (32, 8, 4, False),
+        (32, 7, 4, True),
+        (32, 64, 5, True),
+    ):
+        stages = _model(width=32, radix=(kind,) * 3, first_radix=(kind,) * 3).blocks
         with torch.no_grad():
-            assert bool(stage.native_blocks(torch.randn(images, 32, 4, 4))) == expected
+            assert bool(stages[0].native_blocks(torch.randn(images, 32, side, side))) == expected
+            assert bool(stages[1].native_blocks(torch.randn(images, 32, 2 * side, 2 * side))) == expected
 
 
 def test_large_images_stay_with_torch(stages):

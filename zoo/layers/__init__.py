@@ -5,10 +5,11 @@ from .butterfly_attention import ButterflyAttention
 from .butterfly_conv import ChannelTranspose, gather_groups, scatter_groups
 from .butterfly_linear import ButterflyFactor, ButterflyLinear
 from .butterfly_mlp import BlockMlp, ButterflyMlp, ConvButterflyMlp, DenseMlp, MonarchMlp
+from .conv_norm import ConvNorm
 from .patch_fold import PatchFold
 from .permute import Permute, random_order
 from .pointwise import Linear
-from .stem import ConvNorm, ConvStem, TokenStem
+from .stem import ConvStem, TokenStem
 
 __all__ = [
     "BlockLinear",

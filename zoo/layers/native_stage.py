@@ -14,17 +14,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import native
 from .butterfly_conv import ChannelTranspose
+from .conv_norm import ConvNorm
 from .eager import is_hooked, part
-from .stem import ConvNorm
 
 Turn = tuple[int, int, int]
-MOST_CHANNELS = 512  # in a group, as the kernel's tables have it
 MOST_BLOCKS = 16
 LARGEST = 2**17
 """Numbers of an image up to which a stage keeps to the cache."""
 
-FEW, WIDEST = 2, 20
-"""Fewer images a thread, or groups of no more channels, are faster here (docs/performance.md)."""
+FEW, SMALL, WIDEST = 2, 16, 20
+"""All is faster here but as many images a thread, ending in maps of so many pixels, in groups of more channels
+(docs/performance.md)."""
 
 
 class Convolution(NamedTuple):
@@ -39,7 +39,7 @@ NOTHING = Convolution((0, 0, 1, 0), (None,) * 6, 0.0)
 
 
 class Block(NamedTuple):
-    """A residual block: 3x3, ReLU, 3x3, shortcut (1x1 or NOTHING), ReLU.
+    """A residual block: 3x3, ReLU, 3x3, shortcut (1x1 or NOTHING), ReLU. Without a second 3x3 the first two alone.
 
     `turn` is the ChannelTranspose ahead of it, undone behind it, and `turn_middle` the one between the convolutions.
     """
@@ -82,9 +82,20 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
         epsilon = norm.eps
     elif type(norm) is not nn.Identity:
         return None
-    if weight.shape[1] > MOST_CHANNELS or not all(native.is_plain(tensor, strided=True) for tensor in tensors):
+    if not all(native.is_plain(tensor, strided=True) for tensor in tensors):
         return None
     return Convolution((len(weight), weight.shape[1], conv.groups, int(taps_first)), tensors, epsilon)
+
+
+def plain_block(layer: nn.Module, relu: nn.Module) -> Block | None:
+    """A 3x3 ConvNorm with its ReLU, no more, or None where one of them has to be called."""
+    if type(layer) is not ConvNorm or type(relu) is not nn.ReLU or is_hooked(relu):
+        return None
+    stride = getattr(part(layer, "conv"), "stride", (0,))[0]
+    convolution = convolution_of(layer, 3, stride)
+    if convolution is None or stride not in (1, 2):
+        return None
+    return Block(stride, (1, 1, 1), (1, 1, 1), convolution, NOTHING, NOTHING)
 
 
 def takes(x: Tensor) -> bool:
@@ -93,10 +104,17 @@ def takes(x: Tensor) -> bool:
 
 
 def pays(x: Tensor, blocks: Sequence[Block]) -> bool:
-    """Whether the kernel is the faster way: for few images, and for many where groups are narrow."""
-    if len(x) < FEW * _threads():
+    """Whether the kernel is the faster way: always but for many images of small maps in wide groups."""
+    height, width = x.shape[2:]
+    for block in blocks:
+        height, width = _strided(height, block.stride), _strided(width, block.stride)
+    if len(x) < FEW * _threads() or height * width > SMALL:
         return True
     return max(conv.shape[1] for block in blocks for conv in (block.first, block.second)) <= WIDEST
+
+
+def _strided(side: int, stride: int) -> int:
+    return (side + stride - 1) // stride
 
 
 @torch.compiler.assume_constant_result
@@ -126,8 +144,9 @@ _stage_operator = torch.ops.dimmix.stage.default
 def _empty(x: Tensor, shapes: Sequence[int]) -> Tensor:
     height, width = x.shape[2:]
     for stride in shapes[::_NUMBERS]:
-        height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
-    channels = shapes[len(shapes) - _NUMBERS + 11]  # of the last block's second convolution
+        height, width = _strided(height, stride), _strided(width, stride)
+    last = shapes[len(shapes) - _NUMBERS :]
+    channels = last[11] or last[7]  # of the last block's second convolution, or of its only one
     shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -155,7 +174,7 @@ def _stage_flops(x_shape, tensors_shape, shapes, epsilons, out_shape=None, **kwa
     images, _, height, width = x_shape
     flops = 0
     for block, stride in enumerate(shapes[::_NUMBERS]):
-        height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
+        height, width = _strided(height, stride), _strided(width, stride)
         weights = [shape for shape in tensors_shape[18 * block : 18 * (block + 1) : 6] if shape is not None]
         flops += 2 * images * height * width * sum(shape.numel() for shape in weights)
     return flops

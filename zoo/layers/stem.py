@@ -3,17 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-
-class ConvNorm(nn.Sequential):
-    """Convolution without bias, "same" padding, then BatchNorm."""
-
-    def __init__(
-        self, in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1, device=None, dtype=None
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, groups=groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_chs, **dd)
+from . import native_stage
+from .conv_norm import ConvNorm
 
 
 class ConvStem(nn.Sequential):
@@ -53,6 +44,30 @@ class ConvStem(nn.Sequential):
         if dim is not None:
             layers.append(nn.Conv2d(width, dim, 1, device=device, dtype=dtype))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, width or dim, H / stride, W / stride)."""
+        if not torch.jit.is_scripting():
+            blocks = self.native_blocks(x)
+            if blocks:
+                x = native_stage.stage(x, blocks)
+                return x if len(self) == 2 * len(blocks) else self[-1](x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+    @torch.jit.unused
+    def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
+        """The 3x3 convolutions for `native_stage.stage`, or none where one has to be called."""
+        if not native_stage.takes(x):
+            return []
+        layers, blocks = list(self._modules.values()), []
+        for layer, relu in zip(layers[::2], layers[1::2], strict=False):
+            block = native_stage.plain_block(layer, relu)
+            if block is None:
+                return []
+            blocks.append(block)
+        return blocks if native_stage.pays(x, blocks) else []
 
 
 class TokenStem(nn.Module):

@@ -190,6 +190,9 @@ static void deal_out(const Planes &from, long channel, const Planes &to, long ph
     }
 }
 
+// Channels that a block gives.
+static long channels_of(const Block &b) { return b.second.weight ? b.second.out : b.first.out; }
+
 // Calls f(block, planes before it, planes within it, channels before it) of all blocks, the planes without memory.
 template <class F>
 static void each_block(const Stage &s, const F &f) {
@@ -199,7 +202,7 @@ static void each_block(const Stage &s, const F &f) {
         Block &b = s.blocks[i];
         const Planes in = {nullptr, (x.height + b.stride - 1) / b.stride, (x.width + b.stride - 1) / b.stride};
         f(b, x, in, channels);
-        x = in, channels = b.second.out;
+        x = in, channels = channels_of(b);
     }
 }
 
@@ -207,7 +210,8 @@ static void each_block(const Stage &s, const F &f) {
 static long stage_buffer(const Stage &s) {
     long most = s.channels * Planes{nullptr, s.height, s.width}.pitch();
     each_block(s, [&](const Block &b, const Planes &, const Planes &in, long channels) {
-        const long phases = b.stride == 2 ? 4 * channels : 0, planes = phases > b.second.out ? phases : b.second.out;
+        const long phases = b.stride == 2 ? 4 * channels : 0, out = channels_of(b);
+        const long planes = phases > out ? phases : out;
         if (planes * in.pitch() > most) most = planes * in.pitch();
     });
     return most;
@@ -229,7 +233,8 @@ static void stage_plan(const Stage &s, float *memory) {
         const long phases = b.stride == 2 ? channels : 0;
         if (!masks || b.stride == 2) make_masks(in, masks = tables), tables += 3 * mask_size(in);
         make_tables(b.first, in, phases, b.turn, same, masks, tables), tables += table_size(b.first);
-        make_tables(b.second, in, 0, b.turn_middle, b.turn, masks, tables), tables += table_size(b.second);
+        if (b.second.weight) make_tables(b.second, in, 0, b.turn_middle, b.turn, masks, tables);
+        tables += table_size(b.second);
         if (b.shortcut.weight) make_tables(b.shortcut, in, phases, b.turn, b.turn, masks, tables);
         tables += table_size(b.shortcut);
     });
@@ -254,15 +259,15 @@ static void stage_image(const Stage &s, long image, float *memory, const Each &e
             each(channels, [&](long channel) { deal_out(x, channel, in, channels); });
         } else {
             in.data = here;
-            if (b.shortcut.weight) out.data = there;
+            if (b.shortcut.weight || !b.second.weight) out.data = there;
         }
-        convolution(b.first, {in, between, nullptr, true}, each);
+        convolution(b.first, {in, b.second.weight ? between : out, nullptr, true}, each);
         if (b.shortcut.weight) convolution(b.shortcut, {in, out, nullptr, false}, each);
-        convolution(b.second, {between, out, &out, true}, each);
+        if (b.second.weight) convolution(b.second, {between, out, &out, true}, each);
         if (out.data == there) there = here, here = out.data;
         last = out;
     });
-    const long channels = s.blocks[s.count - 1].second.out;
+    const long channels = channels_of(s.blocks[s.count - 1]);
     float *y = s.y + image * last.height * last.width * channels;
     each(last.height, [&](long row) {
         transpose(

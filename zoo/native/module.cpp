@@ -48,9 +48,9 @@ struct Convolution {
     const float *scale, *shift;
 };
 
-// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing; stride 1 or 2. The turns are the
-// permutations of channels before the first and (backwards) after the last, and between the two, each a transpose of
-// (outer, middle, inner).
+// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing; stride 1 or 2. Without a second one
+// it is the first and its ReLU alone. The turns are the permutations of channels before the first and (backwards) after
+// the last, and between the two, each a transpose of (outer, middle, inner).
 struct Block {
     long stride, turn[3], turn_middle[3];
     Convolution first, second, shortcut;
