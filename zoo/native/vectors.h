@@ -32,8 +32,52 @@ INLINE Vector exponential(Vector x) {
     return y * (Vector)power;
 }
 
-// x Phi(x), the exact GELU: erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit
-// whose weights were moved until the largest error was smallest, 4.3e-8 before rounding.
+// x Phi(x), the exact GELU.
+#if LANES == 16
+// Phi(|x|) - 1/2 in 32 pieces, which two registers hold a coefficient of: cubics through Chebyshev's points, and from 5.4
+// on 1/2, where it is so to 4e-8. The error is 3e-7 at most, in a quarter of the time of the quotient below.
+struct Pieces {
+    float of[4][32] = {};
+    static constexpr double scale = 31 / 5.5;
+    constexpr Pieces() {
+        for (int piece = 0; piece < 31; piece++) {
+            double at[4] = {}, y[4] = {}, c[4] = {};
+            for (int i = 0; i < 4; i++) {
+                at[i] = __builtin_cos((2 * i + 1) * 0.39269908169872414) / 2;  // pi / 8
+                y[i] = __builtin_erf((piece + at[i]) / scale * 0.7071067811865476) / 2;
+            }
+            for (int k = 1; k < 4; k++)  // divided differences
+                for (int i = 3; i >= k; i--) y[i] = (y[i] - y[i - 1]) / (at[i] - at[i - k]);
+            for (int k = 3; k >= 0; k--) {  // Newton's form, from the inside
+                for (int i = 3; i > 0; i--) c[i] = c[i - 1] - at[k] * c[i];
+                c[0] = y[k] - at[k] * c[0];
+            }
+            for (int i = 0; i < 4; i++) of[i][piece] = (float)c[i];
+        }
+        of[0][31] = 0.5f;
+    }
+};
+static constexpr Pieces pieces;
+
+INLINE Vector look_up(const float *table, Integers place) {
+    return (Vector)_mm512_permutex2var_ps((__m512)load(table), (__m512i)place, (__m512)load(table + 16));
+}
+
+INLINE Vector gelu(Vector x) {
+    const Vector size = (Vector)((Integers)x & 0x7fffffff);
+    const Vector y = at_most(size * (float)Pieces::scale, 31.0f);
+    const Vector shifted = y + 12582912.0f;  // 1.5 * 2^23: the nearest piece is in the lowest bits, of which five count
+    const Vector t = y - (shifted - 12582912.0f);
+    const Integers piece = (Integers)shifted;
+    Vector p = look_up(pieces.of[3], piece);
+    p = p * t + look_up(pieces.of[2], piece);
+    p = p * t + look_up(pieces.of[1], piece);
+    p = p * t + look_up(pieces.of[0], piece);
+    return x * 0.5f + size * p;
+}
+#else
+// erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit whose weights were moved until
+// the largest error was smallest, 4.3e-8 before rounding.
 INLINE Vector gelu(Vector x) {
     const Vector z = at_least(at_most(x * 0.70710678f, 3.92f), -3.92f);
     const Vector u = z * z;
@@ -52,6 +96,7 @@ INLINE Vector gelu(Vector x) {
     const Vector half = x * 0.5f;
     return half * (z * p / q) + half;
 }
+#endif
 
 // A row-major matrix in memory: the distance between its rows is `pitch` floats.
 struct Matrix {
