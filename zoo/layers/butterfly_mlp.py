@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import ButterflySchedule
+from . import native
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
 from .eager import is_hooked, part
@@ -27,19 +28,36 @@ class DenseMlp(FeatureMixer):
         self.fc2 = Linear(hidden, n, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
+    @torch.jit.unused
+    def steps(self) -> list[Step]:
+        """One block of all features."""
+        fc1, fc2, drop = (part(self, name) for name in ("fc1", "fc2", "drop"))
+        if not (is_plain(fc1) and is_plain(fc2) and _is_idle(drop)):
+            return []
+        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if not all(map(native.is_plain, weights)):
+            return []
+        weight1, bias1, weight2, bias2 = (None if weight is None else weight.unsqueeze(0) for weight in weights)
+        hidden, n = fc1.weight.shape
+        return [Step(1, 1, n, n, weight1, bias1, hidden, weight2, bias2)]
+
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
         plain = True
         if not torch.jit.is_scripting():
             plain = is_plain(self.fc1) and is_plain(self.fc2)
         if features_last or not plain:
-            y = self(x.t())
+            y = self.fc2(self.drop(F.gelu(self.fc1(x.t()))))
             return y if features_last else y.t()
         x = self.drop(F.gelu(torch.addmm(self.fc1.bias.unsqueeze(1), self.fc1.weight, x)))
         return torch.addmm(self.fc2.bias.unsqueeze(1), self.fc2.weight, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)."""
+        if not torch.jit.is_scripting():
+            y = self.mix_natively(x.flatten(0, -2).t(), True)
+            if y is not None:
+                return y.unflatten(0, x.shape[:-1])
         return self.fc2(self.drop(F.gelu(self.fc1(x))))
 
 
