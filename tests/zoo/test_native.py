@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from dimmix.butterfly import ButterflySchedule
-from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, MonarchMlp, native
+from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp, Linear, MonarchMlp, native
 from dimmix.profile import count_macs
 
 pytestmark = pytest.mark.skipif(
@@ -39,6 +39,7 @@ def _layers(n, radix):
     yield ButterflyMlp(n, radix)
     yield ButterflyMlp(n, radix, ratio=3, residual=True)
     yield MonarchMlp(n, radix)
+    yield DenseMlp(n, ratio=1.5)
 
 
 @torch.no_grad()
@@ -116,6 +117,38 @@ def test_what_is_not_a_number_stays_so(instructions):
     with torch.no_grad():
         assert layer(x).isnan().any(1).nonzero().tolist() == [[3]]
         assert attention.attend(q, q, q).isnan().any(1).nonzero().flatten().tolist() == [0, 4, 8, 12]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_map_is_what_torch_makes_of_it(instructions, calls, bias):
+    for features, rows in ((1, 3), (24, 10), (100, 33), (129, 64)):
+        linear, x = Linear(features, 37, bias=bias), torch.randn(2, rows, features)
+        actual = linear(x)
+        assert calls == [2 * rows]
+        calls.clear()
+        expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        assert actual.shape == expected.shape
+        assert actual.is_contiguous()
+        assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_dense_layers_that_were_altered_are_called(calls):
+    mlp, linear, x = DenseMlp(16, drop=0.1), Linear(16, 16), torch.randn(2, 5, 16)
+    attention = ButterflyAttention(16, ButterflySchedule(16, 4).levels[1], 2).eval()
+    tokens = torch.randn(1, 16, 16)
+    with torch.no_grad():
+        mlp.eval()(x), linear(x), attention(tokens)
+        assert calls == [10, 10, 16, 16]
+        prune.l1_unstructured(mlp.fc1, "weight", 0.5)
+        mlp(x)
+        assert calls == [10, 10, 16, 16, 10, 10]  # each Linear by itself, after the hook that makes its weight
+        DenseMlp(16, drop=0.1).train().mix(x.flatten(0, 1).t())
+        linear.weight.data = linear.weight.data.t()
+        linear(x)
+        nn.utils.parametrizations.weight_norm(attention.qkv)
+        attention(tokens)
+        assert calls == [10, 10, 16, 16, 10, 10, 16]  # its projection alone
 
 
 @pytest.fixture

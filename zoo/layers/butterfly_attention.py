@@ -10,7 +10,7 @@ from ..butterfly import Level
 from . import native
 from .eager import on_cpu_untraced
 from .permute import Permute
-from .pointwise import Linear, beats_a_product, is_plain, pointwise
+from .pointwise import Linear, beats_a_product, by_kernel, is_plain, pointwise
 
 SMALL_GROUP, SMALL_GROUP_BF16 = 64, 256
 """Up to so many tokens in a group, training on a CPU keeps the scores, and bfloat16 does so in inference too: the fused
@@ -75,12 +75,17 @@ class ButterflyAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B * N, C) -> three of that shape, each contiguous."""
+        """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""
         weight, bias = self.qkv.weight, self.qkv.bias
         if not torch.jit.is_scripting():
             if not is_plain(self.qkv):  # an adapter, a parametrised map
                 q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
                 return q, k, v
+            if self.radix <= native.LONGEST:
+                y = by_kernel(self.qkv, x)
+                if y is not None:
+                    q, k, v = y.chunk(3, -1)
+                    return q, k, v
             if torch.compiler.is_exporting():
                 return _in_thirds(F.linear, x, weight, bias)  # in ONNX the product of all three is three copies of x
             if beats_a_product(x):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .eager import is_hooked, runs_eagerly
 
 SIDE = 4
@@ -55,11 +56,27 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) in (nn.Linear, Linear) and not is_hooked(linear)
 
 
+@torch.jit.unused
+def by_kernel(linear: nn.Linear, x: Tensor) -> Tensor | None:
+    """(..., in_features) -> (..., out_features), contiguous, by our own kernel, or None where it does not apply."""
+    weight, bias = linear.weight, linear.bias
+    if not native.takes(x) or not native.is_plain(weight) or not native.is_plain(bias):
+        return None
+    out_features, in_features = weight.shape
+    bias = None if bias is None else bias.unsqueeze(0)
+    step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), bias)
+    return native.mix(x.reshape(-1, in_features).t(), [step], True).unflatten(0, x.shape[:-1])
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that takes the faster way."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if not torch.jit.is_scripting() and beats_a_product(x):
-            return pointwise(x, self.weight, self.bias)
+        if not torch.jit.is_scripting():
+            y = by_kernel(self, x)
+            if y is not None:
+                return y
+            if beats_a_product(x):
+                return pointwise(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
