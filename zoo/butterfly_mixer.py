@@ -15,12 +15,14 @@ mixing layers want, without a copy; channel mixing sees channels last, as LayerN
 
 from typing import Any
 
+import torch
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from .butterfly import square_radix
 from .data_cfg import base_cfg
 from .layers import ButterflyMlp, DenseMlp, FeatureMixer, MonarchMlp, TokenStem
+from .layers.eager import is_idle
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -58,6 +60,10 @@ class MixerBlock(nn.Module):
         """(N, B, C) -> (N, B, C)."""
         y = self.token_mlp.mix(self.norm1(x).flatten(1)).reshape(x.shape)
         x = x + self._drop(y)
+        if not torch.jit.is_scripting() and is_idle(self.drop_path):
+            y = self.channel_mlp.add_natively(x, self.norm2)
+            if y is not None:
+                return y
         return x + self._drop(self.channel_mlp(self.norm2(x)))
 
     def _drop(self, y: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule, Level, square_radix
 from .data_cfg import base_cfg
 from .layers import ButterflyAttention, DenseMlp, Permute, TokenStem, random_order
+from .layers.eager import is_idle
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -48,11 +49,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
+        if self.pre_norm and not torch.jit.is_scripting():
+            return self._add(self._add(x, self.norm1, self.attn), self.norm2, self.mlp)
         if self.pre_norm:
             x = x + self.drop_path(self.attn(self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
         x = self.norm1(x + self.drop_path(self.attn(x)))
         return self.norm2(x + self.drop_path(self.mlp(x)))
+
+    @torch.jit.unused
+    def _add(self, x: Tensor, norm: nn.Module, mixer: Any) -> Tensor:
+        y = mixer.add_natively(x, norm) if is_idle(self.drop_path) and hasattr(mixer, "add_natively") else None
+        return x + self.drop_path(mixer(norm(x))) if y is None else y
 
 
 class ButterflyVit(Trunk):

@@ -133,6 +133,62 @@ def test_a_dense_map_is_what_torch_makes_of_it(instructions, calls, bias):
         assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def _norm(n):
+    norm = nn.LayerNorm(n, eps=1e-3)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 15, 32, 70])
+@pytest.mark.parametrize("features_last", [False, True])
+def test_a_norm_before_and_a_sum_behind(instructions, rows, features_last):
+    for features in (1, 5, 48):
+        norm, layer, x = _norm(features), DenseMlp(features), torch.randn(rows, features) + 3
+        for laid_out in (x.t(), x.t().contiguous()):
+            plus = torch.randn(rows, features) if features_last else torch.randn(features, rows)
+            actual = native.mix(laid_out, layer.steps(), features_last, native.norm_of(norm), plus)
+            expected = layer.double()(norm.double()(x.double()))
+            layer.float(), norm.float()
+            expected = (expected if features_last else expected.t()) + plus
+            assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_residual_branches_are_what_torch_makes_of_them(instructions, calls):
+    level = ButterflySchedule(16, 4).levels[1]
+    for layer, passes in ((DenseMlp(24), 1), (ButterflyMlp(24, 6), 1), (ButterflyAttention(24, level, 3), 2)):
+        norm, x = _norm(24), torch.randn(3, 16, 24)
+        actual = layer.eval().add_natively(x, norm)
+        assert calls == [48] * passes
+        calls.clear()
+        expected = x.double() + layer.double()(norm.double()(x.double()))
+        assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32"])
+def test_what_watches_a_residual_branch_is_called(name):
+    model, x, seen = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 32, 32), []
+    with torch.no_grad():
+        expected = model(x)
+        for part in ("norm2", "mlp", "attn", "channel_mlp", "drop_path"):
+            module = getattr(model.blocks[0], part, None)
+            if module is not None:
+                handle = module.register_forward_hook(lambda module, *_: seen.append(module))
+                assert (model(x) - expected).abs().max() < 1e-5
+                assert module in seen
+                handle.remove()
+
+
+def test_norms_that_the_kernels_do_not_know():
+    assert native.norm_of(nn.LayerNorm(4)) is not None
+    for norm in (nn.LayerNorm((2, 4)), nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4, bias=False)):
+        assert native.norm_of(norm) is None
+    assert native.norm_of(nn.Identity()) is None
+    assert native.norm_of(nn.LayerNorm(4).double()) is None
+
+
 def test_dense_layers_that_were_altered_are_called(calls):
     mlp, linear, x = DenseMlp(16, drop=0.1), Linear(16, 16), torch.randn(2, 5, 16)
     attention = ButterflyAttention(16, ButterflySchedule(16, 4).levels[1], 2).eval()
@@ -156,9 +212,9 @@ def calls(monkeypatch):
     """The rows of each call of `native.mix`."""
     seen, mix = [], native.mix
 
-    def count(x, steps, features_last):
+    def count(x, steps, features_last, norm=None, plus=None):
         seen.append(x.shape[1])
-        return mix(x, steps, features_last)
+        return mix(x, steps, features_last, norm, plus)
 
     monkeypatch.setattr(native, "mix", count)
     return seen

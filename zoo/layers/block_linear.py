@@ -139,6 +139,17 @@ class FeatureMixer(nn.Module):
         return native.mix(x, steps, features_last) if steps else None
 
     @torch.jit.unused
+    def add_natively(self, x: Tensor, norm: nn.Module) -> Tensor | None:
+        """x + self(norm(x)), (..., n), by our kernels in one pass, or None where they do not apply."""
+        if not native.takes(x) or is_hooked(self):
+            return None
+        first, steps = native.norm_of(norm), self.steps()
+        if first is None or not steps:
+            return None
+        rows = x.flatten(0, -2).contiguous()
+        return native.mix(rows.t(), steps, True, first, rows).view(x.shape)
+
+    @torch.jit.unused
     def steps(self) -> list[native.Step]:
         """The levels for `native.mix`; none where a part is not as it was built, and has to be called."""
         return []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..butterfly import Level
 from . import native
-from .eager import on_cpu_untraced
+from .eager import is_hooked, is_idle, on_cpu_untraced
 from .permute import Permute
 from .pointwise import Linear, beats_a_product, by_kernel, is_plain, pointwise
 
@@ -73,6 +73,19 @@ class ButterflyAttention(nn.Module):
         if self.permute is not None:
             x = self.permute.undo(x)
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.unused
+    def add_natively(self, x: Tensor, norm: nn.Module) -> Tensor | None:
+        """x + self(norm(x)), (B, N, C), by our kernels in three passes, or None where they do not apply."""
+        if not native.takes(x) or is_hooked(self) or not is_idle(self.proj_drop):
+            return None
+        if self.permute is not None or self.radix > native.LONGEST or not (is_plain(self.qkv) and is_plain(self.proj)):
+            return None
+        first, rows = native.norm_of(norm), x.flatten(0, 1).contiguous()
+        y = None if first is None else by_kernel(self.qkv, rows, first)
+        if y is not None:
+            y = by_kernel(self.proj, self.attend(*y.chunk(3, -1)), None, rows)
+        return None if y is None else y.view(x.shape)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""

@@ -8,14 +8,9 @@ from ..butterfly import ButterflySchedule
 from . import native
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
-from .eager import is_hooked, part
+from .eager import is_hooked, is_idle, part
 from .native import Step, steps_of
 from .pointwise import Linear, is_plain
-
-
-def _is_idle(drop: nn.Module) -> bool:
-    """Whether a dropout, or what stands in its place, passes everything on and nobody watches it."""
-    return (isinstance(drop, nn.Identity) or not drop.training) and not is_hooked(drop)
 
 
 class DenseMlp(FeatureMixer):
@@ -32,7 +27,7 @@ class DenseMlp(FeatureMixer):
     def steps(self) -> list[Step]:
         """One block of all features."""
         fc1, fc2, drop = (part(self, name) for name in ("fc1", "fc2", "drop"))
-        if not (is_plain(fc1) and is_plain(fc2) and _is_idle(drop)):
+        if not (is_plain(fc1) and is_plain(fc2) and is_idle(drop)):
             return []
         weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if not all(map(native.is_plain, weights)):
@@ -88,7 +83,7 @@ class MonarchMlp(FeatureMixer):
     def steps(self) -> list[Step]:
         """Those of both Linears, the GELU between them in the last step of the first."""
         first, second = self.fc1.steps(), self.fc2.steps()
-        if not (first and second and _is_idle(self.drop)) or is_hooked(self.fc1) or is_hooked(self.fc2):
+        if not (first and second and is_idle(self.drop)) or is_hooked(self.fc1) or is_hooked(self.fc2):
             return []
         return [*first[:-1], first[-1]._replace(activate=True), *second]
 
@@ -135,7 +130,7 @@ class BlockMlp(nn.Module):
     def step(self) -> Step | None:
         """The level for `native.mix`, or None where something of it has to be called."""
         view, fc1, fc2, drop = (part(self, name) for name in ("view", "fc1", "fc2", "drop"))
-        if view.permute is not None or is_hooked(self) or not _is_idle(drop):
+        if view.permute is not None or is_hooked(self) or not is_idle(drop):
             return None
         if type(fc1) is not BlockLinear or is_hooked(fc1) or type(fc2) is not BlockLinear or is_hooked(fc2):
             return None

@@ -42,3 +42,9 @@ def is_hooked(module: nn.Module) -> bool:
 def part(module: nn.Module, name: str) -> Any:
     """A submodule by its name, several times as fast as an attribute of a module is found."""
     return module._modules[name]
+
+
+@torch.jit.unused
+def is_idle(drop: nn.Module) -> bool:
+    """Whether a dropout, or what stands in its place, passes everything on and nobody watches it."""
+    return (isinstance(drop, nn.Identity) or not drop.training) and not is_hooked(drop)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import infers_on_cpu
+from .eager import infers_on_cpu, is_hooked
 
 _native: Any = None
 with suppress(ImportError):  # no compiler, or another system
@@ -69,6 +69,14 @@ class Step(NamedTuple):
     activate: bool = False
 
 
+class Norm(NamedTuple):
+    """A LayerNorm over the features: weight and bias, (features,), and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -98,14 +106,30 @@ def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
     return type(weight) in _PLAIN and weight.dtype == torch.float32 and (strided or weight.is_contiguous())
 
 
-def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
-    """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features)."""
+def norm_of(module: nn.Module) -> Norm | None:
+    """A LayerNorm over the last axis as the kernels read it, or None where it is another one or has to be called."""
+    if type(module) is not nn.LayerNorm or is_hooked(module) or len(module.normalized_shape) != 1:
+        return None
+    weight, bias = module.weight, module.bias
+    if weight is None or bias is None or not is_plain(weight) or not is_plain(bias):
+        return None
+    return Norm(weight, bias, module.eps)
+
+
+def mix(
+    x: Tensor, steps: Sequence[Step], features_last: bool, norm: Norm | None = None, plus: Tensor | None = None
+) -> Tensor:
+    """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features).
+
+    `norm` comes before the steps, and `plus`, of the result's shape, is added to them.
+    """
     weights: list[Tensor | None] = []
     shapes: list[int] = []
     for groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, residual, activate in steps:
         weights += (weight, bias, weight2, bias2)
         shapes += (groups, stride, inner, outer, hidden, int(residual), int(activate))
-    return _mix_operator(x, weights, shapes, features_last)
+    gamma, beta, epsilon = norm or (None, None, 0.0)
+    return _mix_operator(x, weights, shapes, features_last, gamma, beta, epsilon, plus)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
@@ -115,7 +139,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int)
 
 _NUMBERS = 7  # of a step, beside its four tensors
 LIBRARY = torch.library.Library("dimmix", "DEF")
-LIBRARY.define("mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last) -> Tensor")
+LIBRARY.define(
+    "mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last, Tensor? gamma, Tensor? beta, float epsilon, "
+    "Tensor? plus) -> Tensor"
+)
 LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
 _mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix.attend.default
 
@@ -126,14 +153,30 @@ def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
     return x.new_empty((rows, features) if features_last else (features, rows))
 
 
-def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
+def _mix(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    shapes: Sequence[int],
+    features_last: bool,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    epsilon: float,
+    plus: Tensor | None,
+) -> Tensor:
     if 1 not in x.stride():
         x = x.contiguous()
     y = _empty(x, shapes, features_last)
     by_feature = y.t() if features_last else y
-    pointers = [0 if w is None else w.data_ptr() for w in weights]
-    _native.mix(x.data_ptr(), *x.stride(), y.data_ptr(), *by_feature.stride(), x.shape[1], shapes, pointers)
+    plus = None if plus is None else plus.contiguous()
+    _native.mix(
+        x.data_ptr(), *x.stride(), y.data_ptr(), *by_feature.stride(), x.shape[1], shapes, _addresses(weights),
+        *_addresses([gamma, beta]), epsilon, *_addresses([plus]),
+    )  # fmt: skip
     return y
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
@@ -153,7 +196,7 @@ LIBRARY.impl("attend", _attend, "CPU")
 
 
 @torch.library.register_fake("dimmix::mix", lib=LIBRARY)
-def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
+def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool, *_) -> Tensor:
     return _empty(x, shapes, features_last)
 
 
@@ -163,7 +206,7 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads
 
 
 @register_flop_formula(torch.ops.dimmix.mix)
-def _mix_flops(x_shape, weights_shape, shapes, features_last, out_shape=None, **kwargs) -> int:
+def _mix_flops(x_shape, weights_shape, *_, out_shape=None, **kwargs) -> int:
     """Each weight of a matrix is multiplied and added once a row."""
     matrices = [shape for shape in weights_shape if shape is not None and len(shape) == 3]
     return 2 * x_shape[1] * sum(blocks * outer * inner for blocks, outer, inner in matrices)

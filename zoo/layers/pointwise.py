@@ -57,15 +57,17 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 @torch.jit.unused
-def by_kernel(linear: nn.Linear, x: Tensor) -> Tensor | None:
-    """(..., in_features) -> (..., out_features), contiguous, by our own kernel, or None where it does not apply."""
+def by_kernel(
+    linear: nn.Linear, x: Tensor, norm: native.Norm | None = None, plus: Tensor | None = None
+) -> Tensor | None:
+    """linear(norm(x)) + plus, (..., out_features), contiguous, by our own kernel, or None where it does not apply."""
     weight, bias = linear.weight, linear.bias
     if not native.takes(x) or not native.is_plain(weight) or not native.is_plain(bias):
         return None
     out_features, in_features = weight.shape
     bias = None if bias is None else bias.unsqueeze(0)
     step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), bias)
-    return native.mix(x.reshape(-1, in_features).t(), [step], True).unflatten(0, x.shape[:-1])
+    return native.mix(x.reshape(-1, in_features).t(), [step], True, norm, plus).unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):

@@ -43,6 +43,33 @@ static void activate(float *x, long vectors) {
     for (long i = 0; i < vectors; i++) store(x + i * LANES, gelu(load(x + i * LANES)));
 }
 
+// LayerNorm over the features of each row of a tile, in place.
+static void normalize(float *tile, long features, const float *gamma, const float *beta, float epsilon) {
+    for (int c = 0; c < TILE; c += LANES) {
+        Vector mean = {}, variance = {};
+        for (long f = 0; f < features; f++) mean += load(tile + f * TILE + c);
+        mean /= (float)features;
+        for (long f = 0; f < features; f++) {
+            const Vector x = load(tile + f * TILE + c) - mean;
+            variance += x * x;
+        }
+        const Vector scale = 1.0f / SQUARE_ROOT(variance / (float)features + epsilon);
+        for (long f = 0; f < features; f++) {
+            float *place = tile + f * TILE + c;
+            store(place, (load(place) - mean) * (scale * gamma[f]) + beta[f]);
+        }
+    }
+}
+
+// y += plus, `count` times `length` numbers side by side, `pitch` apart.
+static void add(float *y, const float *plus, long count, long length, long pitch) {
+    for (long i = 0; i < count; i++, y += pitch, plus += pitch) {
+        long k = 0;
+        for (; k + LANES <= length; k += LANES) store(y + k, load(y + k) + load(plus + k));
+        for (; k < length; k++) y[k] += plus[k];
+    }
+}
+
 // One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied
 // to `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes.
 static void level(const Level &l, View x, View y, float *packed, float *hidden) {
@@ -78,8 +105,9 @@ static void mix(const Mix &m, long tile, float *memory) {
     const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
     const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
     // Rows side by side are read and written where they lie. Rows far apart come and go whole, as the memory likes it.
-    const bool reads = in.row == 1 && rows == TILE, writes = out.row == 1 && rows == TILE;
+    const bool reads = in.row == 1 && rows == TILE && !m.gamma, writes = out.row == 1 && rows == TILE;
     if (!reads) gather(in, m.in, 1, rows, here);
+    if (m.gamma) normalize(here, m.in, m.gamma, m.beta, m.epsilon);
     View x = reads ? in : View{here, TILE, 1};
     for (long i = 0; i < m.count; i++) {
         const Level &l = m.levels[i];
@@ -94,6 +122,13 @@ static void mix(const Mix &m, long tile, float *memory) {
         x = y;
     }
     if (x.data == here) scatter(here, m.out, rows, out);
+    if (m.plus) {
+        const float *plus = m.plus + row * m.y_row;
+        if (out.row == 1)
+            add(out.data, plus, m.out, rows, out.feature);
+        else
+            add(out.data, plus, rows, m.out, out.row);
+    }
 }
 
 static long mix_memory(const Mix &m) { return TILE * (m.packed + m.hidden + 2 * m.widest); }

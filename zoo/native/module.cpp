@@ -14,9 +14,10 @@ struct Level {
     const float *weight, *bias, *weight2, *bias2;
 };
 
+// With `gamma` a LayerNorm over the features of x comes first; `plus` has the strides of y, and is added at the end.
 struct Mix {
-    const float *x;
-    float *y;
+    const float *x, *plus, *gamma, *beta;
+    float *y, epsilon;
     long x_feature, x_row, y_feature, y_row;  // strides in floats
     long rows, in, out, widest, packed, hidden;  // features of x, of y; most of them in a tile, a block, a block's MLP
     long count;
@@ -109,11 +110,13 @@ namespace avx2 {
 #define BLOCK 4  // rows of a product in registers, of which there are 16
 #define MINIMUM _mm256_min_ps
 #define MAXIMUM _mm256_max_ps
+#define SQUARE_ROOT _mm256_sqrt_ps
 #include "kernels.h"
 #undef LANES
 #undef BLOCK
 #undef MINIMUM
 #undef MAXIMUM
+#undef SQUARE_ROOT
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -124,11 +127,13 @@ namespace avx512 {
 #define BLOCK 8  // of 32 registers
 #define MINIMUM _mm512_min_ps
 #define MAXIMUM _mm512_max_ps
+#define SQUARE_ROOT _mm512_sqrt_ps
 #include "kernels.h"
 #undef LANES
 #undef BLOCK
 #undef MINIMUM
 #undef MAXIMUM
+#undef SQUARE_ROOT
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -167,16 +172,16 @@ static PyObject *answer(bool enough) {
     return Py_None;
 }
 
-// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers): of each level the 7 numbers and the 4 addresses
-// of `Level`, in two lists.
+// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers, gamma, beta, epsilon, plus): of each level the 7
+// numbers and the 4 addresses of `Level`, in two lists; the last addresses may be 0.
 static PyObject *py_mix(PyObject *, PyObject *args) {
     const int most = 32, numbers = 7, addresses = 4;
     Mix m = {};
-    unsigned long long x, y;
+    unsigned long long x, y, gamma, beta, plus;
     PyObject *shapes, *pointers;
     if (!PyArg_ParseTuple(
-            args, "KllKlllO!O!", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type, &shapes,
-            &PyList_Type, &pointers))
+            args, "KllKlllO!O!KKfK", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type,
+            &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon, &plus))
         return nullptr;
     m.count = PyList_Size(shapes) / numbers;
     if (!kernels || m.count < 1 || m.count > most || PyList_Size(pointers) != m.count * addresses) {
@@ -201,6 +206,7 @@ static PyObject *py_mix(PyObject *, PyObject *args) {
     m.in = levels[0].groups * levels[0].stride * levels[0].inner;
     m.out = levels[m.count - 1].groups * levels[m.count - 1].stride * levels[m.count - 1].outer;
     m.x = (const float *)x, m.y = (float *)y, m.levels = levels;
+    m.gamma = (const float *)gamma, m.beta = (const float *)beta, m.plus = (const float *)plus;
     bool enough;
     Py_BEGIN_ALLOW_THREADS;
     enough = run((m.rows + kernels->tile - 1) / kernels->tile, kernels->mix_memory(m), [&](long tile, float *memory) {
