@@ -121,8 +121,14 @@ class Stage(nn.Sequential):
 
     @torch.jit.unused
     def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
-        """All blocks for `native_stage.stage`, or none."""
-        if not native_stage.takes(x) or len(self) > native_stage.MOST_BLOCKS:
+        """All blocks for `native_stage.stage`, or none where it does not apply."""
+        blocks = self.kernel_blocks() if native_stage.takes(x) else []
+        return blocks if blocks and native_stage.pays(len(x), x.shape[2:], blocks) else []
+
+    @torch.jit.unused
+    def kernel_blocks(self) -> list[native_stage.Block]:
+        """The same of any image; none where a part has to be called."""
+        if len(self) > native_stage.MOST_BLOCKS:
             return []
         blocks = []
         for block in self:
@@ -131,7 +137,7 @@ class Stage(nn.Sequential):
             if native_block is None:
                 return []
             blocks.append(native_block)
-        return blocks if blocks and native_stage.pays(x, blocks) else []
+        return blocks
 
 
 def _conv_mix(
@@ -236,6 +242,25 @@ class ButterflyResNet(Trunk):
     def embed(self, x: Tensor) -> Tensor:
         """Image -> stem features, channels_last from here on."""
         return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    @torch.jit.unused
+    def features_by_kernel(self, x: Tensor) -> Tensor | None:
+        """What follows each other in the kernel is one call of it: nothing in between leaves its layout."""
+        parts = [self.stem, *self.blocks]
+        if not native_stage.takes(x) or self.grad_checkpointing or any(map(is_hooked, (self.blocks, *parts))):
+            return None
+        blocks_of = [module.kernel_blocks() if type(module) in (ConvStem, Stage) else [] for module in parts]
+        if not all(blocks_of):
+            return None
+        together: list[native_stage.Block] = []
+        for module, blocks in zip(parts, blocks_of, strict=True):
+            if native_stage.may_follow(x, together, blocks):
+                together += blocks
+                continue
+            x = native_stage.stage(x, together) if together else x
+            together = blocks if native_stage.may_follow(x, [], blocks) else []
+            x = x if together else module(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(native_stage.stage(x, together) if together else x)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

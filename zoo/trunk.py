@@ -105,6 +105,11 @@ class Trunk(nn.Module):
             return x
         return x.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1]])
 
+    @torch.jit.unused
+    def features_by_kernel(self, x: Tensor) -> Tensor | None:
+        """What `forward_features` gives, by our own kernels as a whole, or None where they do not apply."""
+        return None
+
     # timm's interface ------------------------------------------------------------------------------------------------
 
     @torch.jit.ignore
@@ -204,6 +209,9 @@ class Trunk(nn.Module):
             tile = self.images_per_tile
             if tile and runs_eagerly(x) and len(x) > tile and not self._wants_whole_batches():
                 return torch.cat([self.forward_features(images) for images in x.split(tile)])
+            y = self.features_by_kernel(x)
+            if y is not None:
+                return y
         x = self.embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = _checkpointed(self.blocks, x)

@@ -41,7 +41,7 @@ def stages(monkeypatch):
         return stage(x, blocks)
 
     monkeypatch.setattr(native_stage, "stage", count)
-    monkeypatch.setattr(native_stage, "pays", lambda x, blocks: True)
+    monkeypatch.setattr(native_stage, "pays", lambda images, size, blocks: True)
     return seen
 
 
@@ -70,7 +70,7 @@ def test_stages_are_what_torch_makes_of_them(instructions, stages, kind, size): 
         x = torch.randn(images, 3, *size)
         with torch.no_grad():
             actual, folded = model.forward_features(x), fuse(model).forward_features(x)
-            assert stages == [len(model.stem) // 2, *(len(blocks) for blocks in model.blocks)] * 2
+            assert stages == [len(model.stem) // 2 + sum(map(len, model.blocks))] * 2
             stages.clear()
             expected = model.double().forward_features(x.double())
         model.float()
@@ -214,17 +214,48 @@ def test_where_the_kernel_is_not_taken(stages):
 def test_all_but_many_images_of_small_maps_in_wide_groups_pay(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for kind, images, side, expected in (
-        (4, 64, 4, True),
         (16, 64, 4, True),
-        (32, 64, 4, False),
-        (32, 8, 4, False),
-        (32, 7, 4, True),
-        (32, 64, 5, True),
+        (64, 64, 4, True),
+        (128, 64, 4, False),
+        (128, 32, 4, False),
+        (128, 31, 4, True),
+        (128, 64, 5, True),
     ):
-        stages = _model(width=32, radix=(kind,) * 3, first_radix=(kind,) * 3).blocks
+        stages = _model(width=128, radix=(kind,) * 3, first_radix=(kind,) * 3).blocks
         with torch.no_grad():
-            assert bool(stages[0].native_blocks(torch.randn(images, 32, side, side))) == expected
-            assert bool(stages[1].native_blocks(torch.randn(images, 32, 2 * side, 2 * side))) == expected
+            assert bool(stages[0].native_blocks(torch.randn(images, 128, side, side))) == expected
+            assert bool(stages[1].native_blocks(torch.randn(images, 128, 2 * side, 2 * side))) == expected
+
+
+def test_what_goes_together(monkeypatch):
+    seen, stage = [], native_stage.stage
+    monkeypatch.setattr(native_stage, "stage", lambda x, blocks: seen.append(len(blocks)) or stage(x, blocks))
+    model = _model(depths=(2, 3, 2), stem_stride=2, stem_full_res=True)
+    x = torch.randn(2, 3, 16, 16)
+
+    def calls():
+        seen.clear()
+        with torch.no_grad():
+            y = model.forward_features(x)
+        assert (y - expected).abs().max() < 1e-5
+        return list(seen)
+
+    expected = model.double().forward_features(x.double()).detach().float()
+    model.float()
+    assert calls() == [9]
+    monkeypatch.setattr(native_stage, "MOST_BLOCKS", 5)
+    assert calls() == [4, 5]
+    monkeypatch.setattr(native_stage, "LARGEST", 16 * 8 * 8 - 1)  # what stem and first stage give is more
+    assert calls() == [2, 2]
+    monkeypatch.setattr(native_stage, "LARGEST", 2**17)
+    monkeypatch.setattr(native_stage, "MOST_BLOCKS", 16)
+    monkeypatch.setattr(native_stage, "pays", lambda images, size, blocks: len(blocks) == 2)
+    assert calls() == [4, 2]  # the second stage is torch's
+    handle = model.blocks[1].register_forward_hook(lambda *_: None)
+    assert calls() == [2, 2, 2]
+    handle.remove()
+    model.grad_checkpointing = True
+    assert calls() == [2, 2, 2]
 
 
 def test_large_images_stay_with_torch(stages):

@@ -22,7 +22,7 @@ MOST_BLOCKS = 16
 LARGEST = 2**17
 """Numbers of an image up to which a stage keeps to the cache."""
 
-FEW, SMALL, WIDEST = 2, 16, 20
+FEW, SMALL, WIDEST = 8, 16, 64
 """All is faster here but as many images a thread, ending in maps of so many pixels, in groups of more channels
 (docs/performance.md)."""
 
@@ -103,14 +103,34 @@ def takes(x: Tensor) -> bool:
     return native.takes(x) and x.shape[1:].numel() <= LARGEST
 
 
-def pays(x: Tensor, blocks: Sequence[Block]) -> bool:
-    """Whether the kernel is the faster way: always but for many images of small maps in wide groups."""
-    height, width = x.shape[2:]
-    for block in blocks:
-        height, width = _strided(height, block.stride), _strided(width, block.stride)
-    if len(x) < FEW * _threads() or height * width > SMALL:
+def pays(images: int, size: tuple[int, int], blocks: Sequence[Block]) -> bool:
+    """Whether the kernel is the faster way from (H, W): always but for many images of small maps in wide groups."""
+    height, width = size_after(size, blocks)
+    if images < FEW * _threads() or height * width > SMALL:
         return True
     return max(conv.shape[1] for block in blocks for conv in (block.first, block.second)) <= WIDEST
+
+
+def may_follow(x: Tensor, before: Sequence[Block], blocks: Sequence[Block]) -> bool:
+    """Whether blocks may go with those before them, (B, C, H, W) in, in one call that keeps to the cache and pays."""
+    if len(before) + len(blocks) > MOST_BLOCKS:
+        return False
+    channels, size = channels_after(before) if before else x.shape[1], size_after(x.shape[2:], before)
+    return channels * size[0] * size[1] <= LARGEST and pays(len(x), size, blocks)
+
+
+def size_after(size: tuple[int, int], blocks: Sequence[Block]) -> tuple[int, int]:
+    """(H, W) of what blocks make of maps of a size."""
+    height, width = size
+    for block in blocks:
+        height, width = _strided(height, block.stride), _strided(width, block.stride)
+    return height, width
+
+
+def channels_after(blocks: Sequence[Block]) -> int:
+    """Channels that the last block gives."""
+    last = blocks[-1]
+    return last.second.shape[0] or last.first.shape[0]
 
 
 def _strided(side: int, stride: int) -> int:

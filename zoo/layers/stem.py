@@ -58,16 +58,20 @@ class ConvStem(nn.Sequential):
 
     @torch.jit.unused
     def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
-        """The 3x3 convolutions for `native_stage.stage`, or none where one has to be called."""
-        if not native_stage.takes(x):
-            return []
+        """The 3x3 convolutions for `native_stage.stage`, or none where it does not apply."""
+        blocks = self.kernel_blocks() if native_stage.takes(x) else []
+        return blocks if blocks and native_stage.pays(len(x), x.shape[2:], blocks) else []
+
+    @torch.jit.unused
+    def kernel_blocks(self) -> list[native_stage.Block]:
+        """The same of any image; none where a part has to be called."""
         layers, blocks = list(self._modules.values()), []
         for layer, relu in zip(layers[::2], layers[1::2], strict=False):
             block = native_stage.plain_block(layer, relu)
             if block is None:
                 return []
             blocks.append(block)
-        return blocks if native_stage.pays(x, blocks) else []
+        return blocks
 
 
 class TokenStem(nn.Module):
