@@ -167,13 +167,16 @@ def test_residual_branches_are_what_torch_makes_of_them(instructions, calls):
         assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32"])
+@pytest.mark.parametrize(
+    "name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32", "patch_only_mixer_tiny_32"]
+)
 def test_what_watches_a_residual_branch_is_called(name):
     model, x, seen = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 32, 32), []
     with torch.no_grad():
         expected = model(x)
-        for part in ("norm2", "mlp", "attn", "channel_mlp", "drop_path"):
-            module = getattr(model.blocks[0], part, None)
+        for part in ("norm2", "mlp", "attn", "channel_mlp", "drop_path", "norm"):
+            block = model.blocks[0]
+            module = getattr(block[0] if isinstance(block, nn.Sequential) else block, part, None)
             if module is not None:
                 handle = module.register_forward_hook(lambda module, *_: seen.append(module))
                 assert (model(x) - expected).abs().max() < 1e-5
@@ -299,7 +302,19 @@ def test_the_environment_chooses(wish, expected):
     assert done.stdout == expected + "\n"
 
 
-@pytest.mark.parametrize("name", ["butterfly_mixer_nano_32", "vit_butterfly_nano_patch4_32"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "butterfly_mixer_nano_32",
+        "butterfly_mixer_paper_d7_monarch",
+        "butterfly_resnet_nano_32",
+        "patch_only_mixer_tiny_32",
+        "patch_only_mixer_tiny_32_dense",
+        "vit_butterfly_nano_patch4_32",
+        "vit_butterfly_paper_patch4_d4",
+        "wide_mixer_c192_32",
+    ],
+)
 def test_models_answer_the_same_without(name):
     model, x = timm.create_model(name, num_classes=10).eval(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
