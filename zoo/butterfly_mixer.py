@@ -61,9 +61,9 @@ class MixerBlock(nn.Module):
         y = self.token_mlp.mix(self.norm1(x).flatten(1)).reshape(x.shape)
         x = x + self._drop(y)
         if not torch.jit.is_scripting() and is_idle(self.drop_path):
-            y = self.channel_mlp.add_natively(x, self.norm2)
-            if y is not None:
-                return y
+            added = self.channel_mlp.add_natively(x, self.norm2)
+            if added is not None:
+                return added
         return x + self._drop(self.channel_mlp(self.norm2(x)))
 
     def _drop(self, y: Tensor) -> Tensor:

@@ -90,8 +90,9 @@ class BlockLinear(nn.Module):
     def as_convolution(self) -> nn.Conv2d:
         """A 1x1 convolution of the same weights, copied, a group for each block: (1, features, H, W) in and out."""
         blocks, out_features, in_features = self.weight.shape
-        biased, dd = self.bias is not None, {"device": self.weight.device, "dtype": self.weight.dtype}
-        conv = nn.Conv2d(blocks * in_features, blocks * out_features, 1, groups=blocks, bias=biased, **dd)
+        device, dtype = self.weight.device, self.weight.dtype
+        features = (blocks * in_features, blocks * out_features)
+        conv = nn.Conv2d(*features, 1, groups=blocks, bias=self.bias is not None, device=device, dtype=dtype)
         with torch.no_grad():
             conv.weight.copy_(self.weight.view(conv.weight.shape))
             if conv.bias is not None and self.bias is not None:

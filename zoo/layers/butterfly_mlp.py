@@ -32,9 +32,9 @@ class DenseMlp(FeatureMixer):
         weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if not all(map(native.is_plain, weights)):
             return []
-        weight1, bias1, weight2, bias2 = (None if weight is None else weight.unsqueeze(0) for weight in weights)
         hidden, n = fc1.weight.shape
-        return [Step(1, 1, n, n, weight1, bias1, hidden, weight2, bias2)]
+        first, second = (None if bias is None else bias.unsqueeze(0) for bias in (fc1.bias, fc2.bias))
+        return [Step(1, 1, n, n, fc1.weight.unsqueeze(0), first, hidden, fc2.weight.unsqueeze(0), second)]
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""

@@ -103,7 +103,7 @@ def takes(x: Tensor) -> bool:
     return native.takes(x) and x.shape[1:].numel() <= LARGEST
 
 
-def pays(images: int, size: tuple[int, int], blocks: Sequence[Block]) -> bool:
+def pays(images: int, size: Sequence[int], blocks: Sequence[Block]) -> bool:
     """Whether the kernel is the faster way from (H, W): always but for many images of small maps in wide groups."""
     height, width = size_after(size, blocks)
     if images < FEW * _threads() or height * width > SMALL:
@@ -119,7 +119,7 @@ def may_follow(x: Tensor, before: Sequence[Block], blocks: Sequence[Block]) -> b
     return channels * size[0] * size[1] <= LARGEST and pays(len(x), size, blocks)
 
 
-def size_after(size: tuple[int, int], blocks: Sequence[Block]) -> tuple[int, int]:
+def size_after(size: Sequence[int], blocks: Sequence[Block]) -> tuple[int, int]:
     """(H, W) of what blocks make of maps of a size."""
     height, width = size
     for block in blocks:

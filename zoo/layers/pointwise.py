@@ -65,8 +65,8 @@ def by_kernel(
     if not native.takes(x) or not native.is_plain(weight) or not native.is_plain(bias):
         return None
     out_features, in_features = weight.shape
-    bias = None if bias is None else bias.unsqueeze(0)
-    step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), bias)
+    biases = None if bias is None else bias.unsqueeze(0)
+    step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), biases)
     return native.mix(x.reshape(-1, in_features).t(), [step], True, norm, plus).unflatten(0, x.shape[:-1])
 
 
