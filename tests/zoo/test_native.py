@@ -184,6 +184,26 @@ def test_what_watches_a_residual_branch_is_called(name):
                 handle.remove()
 
 
+@torch.no_grad()
+def test_what_does_not_fit_is_refused():
+    for layer, x in (
+        (ButterflyMlp(16, 4), torch.randn(20, 12)),
+        (ButterflyLinear(16, 16, 4), torch.randn(20, 32)),
+        (DenseMlp(16), torch.randn(20, 8)),
+        (Linear(16, 8), torch.randn(4, 8)),
+        (ButterflyAttention(16, ButterflySchedule(16, 4).levels[0], 2), torch.randn(2, 16, 8)),
+    ):
+        with pytest.raises(ValueError, match="16 features expected"):
+            layer(x)
+    layer, x = DenseMlp(16), torch.randn(16, 20)
+    with pytest.raises(ValueError, match="to be added"):
+        native.mix(x, layer.steps(), False, None, torch.randn(20, 16))
+    with pytest.raises(ValueError, match="16 features expected"):
+        layer.add_natively(x.t(), nn.LayerNorm(20))
+    on_meta = DenseMlp(16, device="meta")
+    assert on_meta.steps() == []
+
+
 def test_norms_that_the_kernels_do_not_know():
     assert native.norm_of(nn.LayerNorm(4)) is not None
     for norm in (nn.LayerNorm((2, 4)), nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4, bias=False)):

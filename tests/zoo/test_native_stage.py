@@ -258,6 +258,14 @@ def test_what_goes_together(monkeypatch):
     assert calls() == [2, 2, 2]
 
 
+@torch.no_grad()
+def test_images_of_other_channels_are_refused():
+    model = _model()
+    for layer, channels in ((model, 1), (model.stem, 4), (model.blocks[0], 8)):
+        with pytest.raises(ValueError, match="channels expected"):
+            layer(torch.randn(1, channels, 16, 16))
+
+
 def test_large_images_stay_with_torch(stages):
     with torch.no_grad():
         _model().blocks[0](torch.randn(1, 16, 96, 96))

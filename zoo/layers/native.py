@@ -103,7 +103,8 @@ def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
     """Whether the kernels may read a weight; with `strided` its strides are the caller's to look at."""
     if weight is None:
         return True
-    return type(weight) in _PLAIN and weight.dtype == torch.float32 and (strided or weight.is_contiguous())
+    plain = type(weight) in _PLAIN and weight.dtype == torch.float32 and weight.is_cpu
+    return plain and (strided or weight.is_contiguous())
 
 
 def norm_of(module: nn.Module) -> Norm | None:
@@ -122,7 +123,16 @@ def mix(
     """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features).
 
     `norm` comes before the steps, and `plus`, of the result's shape, is added to them.
+
+    Raises:
+        ValueError: `x` or the norm has another number of features than the first step, or `plus` another shape.
     """
+    features, last = steps[0].groups * steps[0].stride * steps[0].inner, steps[-1]
+    if x.shape[0] != features or (norm is not None and len(norm.weight) != features):
+        raise ValueError(f"{features} features expected, the input has {x.shape[0]}")
+    shape = (last.groups * last.stride * last.outer, x.shape[1])
+    if plus is not None and tuple(plus.shape) != (shape[::-1] if features_last else shape):
+        raise ValueError(f"what is to be added has shape {tuple(plus.shape)}, the result {shape}")
     weights: list[Tensor | None] = []
     shapes: list[int] = []
     for groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, residual, activate in steps:

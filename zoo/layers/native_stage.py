@@ -143,7 +143,14 @@ def _threads() -> int:
 
 
 def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """(B, C, H, W) -> (B, C', H', W'), channels_last."""
+    """(B, C, H, W) -> (B, C', H', W'), channels_last.
+
+    Raises:
+        ValueError: `x` has another number of channels than the first block takes.
+    """
+    _, width, groups, _ = blocks[0].first.shape
+    if x.shape[1] != width * groups:
+        raise ValueError(f"{width * groups} channels expected, the input has {x.shape[1]}")
     shapes: list[int] = []
     tensors: list[Tensor | None] = []
     epsilons: list[float] = []

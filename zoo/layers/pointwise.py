@@ -67,7 +67,7 @@ def by_kernel(
     out_features, in_features = weight.shape
     biases = None if bias is None else bias.unsqueeze(0)
     step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), biases)
-    return native.mix(x.reshape(-1, in_features).t(), [step], True, norm, plus).unflatten(0, x.shape[:-1])
+    return native.mix(x.reshape(-1, x.shape[-1]).t(), [step], True, norm, plus).unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
