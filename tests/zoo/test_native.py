@@ -200,6 +200,8 @@ def test_what_does_not_fit_is_refused():
         native.mix(x, layer.steps(), False, None, torch.randn(20, 16))
     with pytest.raises(ValueError, match="16 features expected"):
         layer.add_natively(x.t(), nn.LayerNorm(20))
+    with pytest.raises(ValueError, match="a level takes"):
+        native.mix(x, [*layer.steps(), *DenseMlp(8).steps()], False)
     on_meta = DenseMlp(16, device="meta")
     assert on_meta.steps() == []
 

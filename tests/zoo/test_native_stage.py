@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from dimmix.butterfly_resnet import ButterflyResNet
 from dimmix.fuse import fuse
-from dimmix.layers import ConvStem, native, native_stage
+from dimmix.layers import ConvNorm, ConvStem, native, native_stage
 from dimmix.profile import count_macs
 
 from .test_native import instructions  # noqa: F401  a fixture
@@ -264,6 +264,18 @@ def test_images_of_other_channels_are_refused():
     for layer, channels in ((model, 1), (model.stem, 4), (model.blocks[0], 8)):
         with pytest.raises(ValueError, match="channels expected"):
             layer(torch.randn(1, channels, 16, 16))
+
+
+@torch.no_grad()
+def test_convolutions_that_do_not_fit_each_other_are_refused():
+    def another(stage, name, *shape):
+        setattr(stage[1], name, ConvNorm(*shape).eval())
+
+    for name, shape in (("conv1", (8, 16, 3)), ("conv2", (8, 16, 3)), ("conv2", (16, 8, 3)), ("shortcut", (16, 8, 1))):
+        stage = _model().blocks[0]
+        another(stage, name, *shape)
+        with pytest.raises(ValueError, match="other channels"):
+            stage(torch.randn(1, 16, 8, 8))
 
 
 def test_large_images_stay_with_torch(stages):

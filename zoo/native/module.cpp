@@ -196,6 +196,12 @@ static PyObject *py_mix(PyObject *, PyObject *args) {
             (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(pointers, i * addresses + k));
     }
     if (PyErr_Occurred()) return nullptr;
+    for (long i = 1; i < m.count; i++)
+        if (levels[i].groups * levels[i].stride * levels[i].inner !=
+            levels[i - 1].groups * levels[i - 1].stride * levels[i - 1].outer) {
+            PyErr_SetString(PyExc_ValueError, "mix: a level takes other features than it is given");
+            return nullptr;
+        }
     const auto raise_to = [](long &most, long value) { most = value > most ? value : most; };
     for (long i = 0; i < m.count; i++) {
         const Level &l = levels[i];
@@ -238,6 +244,24 @@ static PyObject *py_attend(PyObject *, PyObject *args) {
     return answer(enough);
 }
 
+// Whether each convolution takes the channels that it is given, and what is added has as many.
+static bool fits(long channels, const Block *blocks, long count) {
+    const auto takes = [](const Convolution &c, long given) { return c.groups * c.width == given; };
+    for (long i = 0; i < count; i++) {
+        const Block &b = blocks[i];
+        if (!takes(b.first, channels)) return false;
+        if (!b.second.weight) {
+            channels = b.first.out;
+            continue;
+        }
+        const bool same = b.shortcut.weight ? takes(b.shortcut, channels) && b.shortcut.out == b.second.out
+                                            : b.stride == 1 && b.second.out == channels;
+        if (!same || !takes(b.second, b.first.out)) return false;
+        channels = b.second.out;
+    }
+    return true;
+}
+
 // stage(x, strides of x (4), y, images, channels, height, width, threads, shapes, pointers, epsilons): of each block 19
 // numbers (stride, both turns, of each convolution out, width, groups, taps_first), 18 addresses and 3 epsilons.
 static PyObject *py_stage(PyObject *, PyObject *args) {
@@ -276,6 +300,10 @@ static PyObject *py_stage(PyObject *, PyObject *args) {
         }
     }
     if (PyErr_Occurred()) return nullptr;
+    if (!fits(s.channels, blocks, s.count)) {
+        PyErr_SetString(PyExc_ValueError, "stage: a convolution takes other channels than it is given");
+        return nullptr;
+    }
     s.x = (const float *)x, s.y = (float *)y, s.blocks = blocks;
     bool enough;
     Py_BEGIN_ALLOW_THREADS;
