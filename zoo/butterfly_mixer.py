@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .butterfly import square_radix
 from .data_cfg import base_cfg
 from .layers import ButterflyMlp, DenseMlp, FeatureMixer, MonarchMlp, TokenStem
-from .layers.eager import is_idle
+from .layers.eager import residual_by_kernel
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -60,8 +60,8 @@ class MixerBlock(nn.Module):
         """(N, B, C) -> (N, B, C)."""
         y = self.token_mlp.mix(self.norm1(x).flatten(1)).reshape(x.shape)
         x = x + self._drop(y)
-        if not torch.jit.is_scripting() and is_idle(self.drop_path):
-            added = self.channel_mlp.add_natively(x, self.norm2)
+        if not torch.jit.is_scripting():
+            added = residual_by_kernel(x, self.norm2, self.channel_mlp, self.drop_path)
             if added is not None:
                 return added
         return x + self._drop(self.channel_mlp(self.norm2(x)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
-from .layers.eager import is_idle
+from .layers.eager import residual_by_kernel
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -85,7 +85,7 @@ class PatchStep(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         patches, added = self.fold.unfold(x), None
         if not torch.jit.is_scripting():
-            added = self.mlp.add_natively(patches, self.norm) if is_idle(self.drop_path) else None
+            added = residual_by_kernel(patches, self.norm, self.mlp, self.drop_path)
         if added is None:
             x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(patches))))
         else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule, Level, square_radix
 from .data_cfg import base_cfg
 from .layers import ButterflyAttention, DenseMlp, Permute, TokenStem, random_order
-from .layers.eager import is_idle
+from .layers.eager import residual_by_kernel
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -58,8 +58,8 @@ class Block(nn.Module):
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
     @torch.jit.unused
-    def _add(self, x: Tensor, norm: nn.Module, mixer: Any) -> Tensor:
-        y = mixer.add_natively(x, norm) if is_idle(self.drop_path) and hasattr(mixer, "add_natively") else None
+    def _add(self, x: Tensor, norm: nn.Module, mixer: nn.Module) -> Tensor:
+        y = residual_by_kernel(x, norm, mixer, self.drop_path)
         return x + self.drop_path(mixer(norm(x))) if y is None else y
 
 

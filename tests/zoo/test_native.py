@@ -182,6 +182,12 @@ def test_what_watches_a_residual_branch_is_called(name):
                 assert (model(x) - expected).abs().max() < 1e-5
                 assert module in seen
                 handle.remove()
+        another = nn.Sequential(getattr(block, "mlp", None) or getattr(block, "channel_mlp", None) or block[0].mlp)
+        if hasattr(block, "channel_mlp"):
+            block.channel_mlp = another
+        else:
+            (block[0] if isinstance(block, nn.Sequential) else block).mlp = another
+        assert (model(x) - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()

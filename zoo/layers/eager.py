@@ -45,6 +45,13 @@ def part(module: nn.Module, name: str) -> Any:
 
 
 @torch.jit.unused
+def residual_by_kernel(x: Tensor, norm: nn.Module, mixer: nn.Module, drop: nn.Module) -> Tensor | None:
+    """x + drop(mixer(norm(x))) by our own kernels, or None where they do not apply or something has to be called."""
+    add = getattr(mixer, "add_natively", None)
+    return add(x, norm) if add is not None and is_idle(drop) else None
+
+
+@torch.jit.unused
 def is_idle(drop: nn.Module) -> bool:
     """Whether a dropout, or what stands in its place, passes everything on and nobody watches it."""
     return (isinstance(drop, nn.Identity) or not drop.training) and not is_hooked(drop)
