@@ -123,7 +123,7 @@ class Stage(nn.Sequential):
     def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
         """All blocks for `native_stage.stage`, or none where it does not apply."""
         blocks = self.kernel_blocks() if native_stage.takes(x) else []
-        return blocks if blocks and native_stage.pays(len(x), x.shape[2:], blocks) else []
+        return blocks if blocks and native_stage.pays(len(x), blocks) else []
 
     @torch.jit.unused
     def kernel_blocks(self) -> list[native_stage.Block]:

@@ -22,9 +22,8 @@ MOST_BLOCKS = 16
 LARGEST = 2**17
 """Numbers of an image up to which a stage keeps to the cache."""
 
-FEW, SMALL, WIDEST = 8, 16, 64
-"""All is faster here but as many images a thread, ending in maps of so many pixels, in groups of more channels
-(docs/performance.md)."""
+FEW, WIDEST = 8, 64
+"""All is faster here but as many images a thread in groups of more channels (docs/performance.md)."""
 
 
 class Convolution(NamedTuple):
@@ -103,10 +102,9 @@ def takes(x: Tensor) -> bool:
     return native.takes(x) and x.shape[1:].numel() <= LARGEST
 
 
-def pays(images: int, size: Sequence[int], blocks: Sequence[Block]) -> bool:
-    """Whether the kernel is the faster way from (H, W): always but for many images of small maps in wide groups."""
-    height, width = size_after(size, blocks)
-    if images < FEW * _threads() or height * width > SMALL:
+def pays(images: int, blocks: Sequence[Block]) -> bool:
+    """Whether the kernel is the faster way: always but for many images in wide groups."""
+    if images < FEW * _threads():
         return True
     return max(conv.shape[1] for block in blocks for conv in (block.first, block.second)) <= WIDEST
 
@@ -116,7 +114,7 @@ def may_follow(x: Tensor, before: Sequence[Block], blocks: Sequence[Block]) -> b
     if len(before) + len(blocks) > MOST_BLOCKS:
         return False
     channels, size = channels_after(before) if before else x.shape[1], size_after(x.shape[2:], before)
-    return channels * size[0] * size[1] <= LARGEST and pays(len(x), size, blocks)
+    return channels * size[0] * size[1] <= LARGEST and pays(len(x), blocks)
 
 
 def size_after(size: Sequence[int], blocks: Sequence[Block]) -> tuple[int, int]:
