@@ -112,7 +112,7 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         if not torch.jit.is_scripting():
-            blocks = self.native_blocks(x)
+            blocks = native_stage.blocks_for(x, self)
             if blocks:
                 return native_stage.stage(x, blocks)
         for block in self:
@@ -120,14 +120,8 @@ class Stage(nn.Sequential):
         return x
 
     @torch.jit.unused
-    def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
-        """All blocks for `native_stage.stage`, or none where it does not apply."""
-        blocks = self.kernel_blocks() if native_stage.takes(x) else []
-        return blocks if blocks and native_stage.pays(len(x), blocks) else []
-
-    @torch.jit.unused
     def kernel_blocks(self) -> list[native_stage.Block]:
-        """The same of any image; none where a part has to be called."""
+        """All blocks for `native_stage.stage`, none where a part has to be called."""
         if len(self) > native_stage.MOST_BLOCKS:
             return []
         blocks = []

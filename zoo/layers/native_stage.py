@@ -6,7 +6,7 @@ of the other kernels goes for this one too.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,12 @@ def pays(images: int, blocks: Sequence[Block]) -> bool:
     if images < FEW * _threads():
         return True
     return max(conv.shape[1] for block in blocks for conv in (block.first, block.second)) <= WIDEST
+
+
+def blocks_for(x: Tensor, module: Any) -> list[Block]:
+    """The `kernel_blocks()` of a stem or a stage, or none where the kernel does not take x or is not the faster way."""
+    blocks = module.kernel_blocks() if takes(x) else []
+    return blocks if blocks and pays(len(x), blocks) else []
 
 
 def may_follow(x: Tensor, before: Sequence[Block], blocks: Sequence[Block]) -> bool:

@@ -48,7 +48,7 @@ class ConvStem(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, width or dim, H / stride, W / stride)."""
         if not torch.jit.is_scripting():
-            blocks = self.native_blocks(x)
+            blocks = native_stage.blocks_for(x, self)
             if blocks:
                 x = native_stage.stage(x, blocks)
                 return x if len(self) == 2 * len(blocks) else self[-1](x)
@@ -57,14 +57,8 @@ class ConvStem(nn.Sequential):
         return x
 
     @torch.jit.unused
-    def native_blocks(self, x: Tensor) -> list[native_stage.Block]:
-        """The 3x3 convolutions for `native_stage.stage`, or none where it does not apply."""
-        blocks = self.kernel_blocks() if native_stage.takes(x) else []
-        return blocks if blocks and native_stage.pays(len(x), blocks) else []
-
-    @torch.jit.unused
     def kernel_blocks(self) -> list[native_stage.Block]:
-        """The same of any image; none where a part has to be called."""
+        """The 3x3 convolutions for `native_stage.stage`, none where a part has to be called."""
         layers, blocks = list(self._modules.values()), []
         for layer, relu in zip(layers[::2], layers[1::2], strict=False):
             block = native_stage.plain_block(layer, relu)
