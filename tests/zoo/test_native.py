@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     not native.INSTRUCTIONS, reason="no kernels: no compiler when dimmix was installed, or no AVX2"
 )
 
-SIZES = [(64, 8), (121, 11), (64, 4), (81, 3), (12, 12), (400, 20)]
+SIZES = [(64, 8), (121, 11), (64, 4), (81, 3), (12, 12), (27, 27), (400, 20)]
 ROWS = [1, 15, 16, 33, 64, 70]  # parts of a tile, tiles of both widths, and tiles with a part at the end
 
 

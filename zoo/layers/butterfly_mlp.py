@@ -32,9 +32,8 @@ class DenseMlp(FeatureMixer):
         weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if not all(map(native.is_plain, weights)):
             return []
-        hidden, n = fc1.weight.shape
-        first, second = (None if bias is None else bias.unsqueeze(0) for bias in (fc1.bias, fc2.bias))
-        return [Step(1, 1, n, n, fc1.weight.unsqueeze(0), first, hidden, fc2.weight.unsqueeze(0), second)]
+        hidden, n = weights[0].shape
+        return [Step(1, 1, n, n, weights[0], weights[1], hidden, weights[2], weights[3])]
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
@@ -52,7 +51,7 @@ class DenseMlp(FeatureMixer):
         if not torch.jit.is_scripting():
             y = self.mix_natively(x.flatten(0, -2).t(), True)
             if y is not None:
-                return y.unflatten(0, x.shape[:-1])
+                return y.view(x.shape)
         return self.fc2(self.drop(F.gelu(self.fc1(x))))
 
 

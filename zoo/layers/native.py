@@ -7,6 +7,7 @@ inference in float32 on x86-64 with AVX2 or AVX-512; everywhere else, and for gr
 """
 
 import importlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,8 +53,8 @@ class Step(NamedTuple):
     """One level: a block-diagonal product, or with `hidden` an MLP in each block, (GELU between its two products).
 
     Blocks are `groups * stride`; block (g, o) takes features (g * inner + i) * stride + o and gives (g * outer + j) *
-    stride + o. Weights are (blocks, out, in), biases (blocks, out) or None. `residual` adds the block's input;
-    `activate` ends in a GELU.
+    stride + o. Weights are (blocks, out, in), biases (blocks, out) or None, those of a single block as they lie in an
+    `nn.Linear` too. `residual` adds the block's input; `activate` ends in a GELU.
     """
 
     groups: int
@@ -176,11 +177,11 @@ def _mix(
     if 1 not in x.stride():
         x = x.contiguous()
     y = _empty(x, shapes, features_last)
-    by_feature = y.t() if features_last else y
+    strides = (1, y.shape[1]) if features_last else (y.shape[1], 1)
     plus = None if plus is None else plus.contiguous()
     _native.mix(
-        x.data_ptr(), *x.stride(), y.data_ptr(), *by_feature.stride(), x.shape[1], shapes, _addresses(weights),
-        *_addresses([gamma, beta]), epsilon, *_addresses([plus]),
+        x.data_ptr(), *x.stride(), y.data_ptr(), *strides, x.shape[1], shapes, _addresses(weights),
+        *_addresses((gamma, beta)), epsilon, *_addresses((plus,)),
     )  # fmt: skip
     return y
 
@@ -217,9 +218,8 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads
 
 @register_flop_formula(torch.ops.dimmix.mix)
 def _mix_flops(x_shape, weights_shape, *_, out_shape=None, **kwargs) -> int:
-    """Each weight of a matrix is multiplied and added once a row."""
-    matrices = [shape for shape in weights_shape if shape is not None and len(shape) == 3]
-    return 2 * x_shape[1] * sum(blocks * outer * inner for blocks, outer, inner in matrices)
+    """Each weight of a matrix is multiplied and added once a row; of a step's four tensors the second are biases."""
+    return 2 * x_shape[1] * sum(math.prod(shape) for shape in weights_shape[::2] if shape is not None)
 
 
 @register_flop_formula(torch.ops.dimmix.attend)

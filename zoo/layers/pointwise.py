@@ -65,9 +65,9 @@ def by_kernel(
     if not native.takes(x) or not native.is_plain(weight) or not native.is_plain(bias):
         return None
     out_features, in_features = weight.shape
-    biases = None if bias is None else bias.unsqueeze(0)
-    step = native.Step(1, 1, in_features, out_features, weight.unsqueeze(0), biases)
-    return native.mix(x.reshape(-1, x.shape[-1]).t(), [step], True, norm, plus).unflatten(0, x.shape[:-1])
+    step = native.Step(1, 1, in_features, out_features, weight, bias)
+    y = native.mix(x.reshape(-1, x.shape[-1]).t(), [step], True, norm, plus)
+    return y.view(*x.shape[:-1], out_features)
 
 
 class Linear(nn.Linear):

@@ -71,10 +71,11 @@ static void add(float *y, const float *plus, long count, long length, long pitch
 }
 
 // One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied
-// to `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes.
+// to `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes. With
+// rows far apart, x is no tile, and gather turns them.
 static void level(const Level &l, View x, View y, float *packed, float *hidden) {
     const Matrix between = {hidden, TILE};
-    const bool in_place = l.stride == 1 && l.hidden;
+    const bool in_place = l.stride == 1 && l.hidden && x.row == 1;
     const long first = l.hidden ? l.hidden : l.outer;  // features that the first product of a block gives
     for (long group = 0; group < l.groups; group++)
         for (long offset = 0; offset < l.stride; offset++) {
@@ -104,8 +105,10 @@ static void mix(const Mix &m, long tile, float *memory) {
     float *here = hidden + m.hidden * TILE, *there = here + m.widest * TILE;
     const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
     const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
-    // Rows side by side are read and written where they lie. Rows far apart come and go whole, as the memory likes it.
-    const bool reads = in.row == 1 && rows == TILE && !m.gamma, writes = out.row == 1 && rows == TILE;
+    // Rows side by side are read and written where they lie. Rows far apart are turned block by block as a first level of
+    // neighbours takes them, else all at once, and go back at once.
+    const bool whole = rows == TILE, writes = whole && out.row == 1;
+    const bool reads = whole && !m.gamma && (in.row == 1 || m.levels[0].stride == 1);
     if (!reads) gather(in, m.in, 1, rows, here);
     if (m.gamma) normalize(here, m.in, m.gamma, m.beta, m.epsilon);
     View x = reads ? in : View{here, TILE, 1};
