@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ def latency() -> dict[str, float]:
     return {record["work"]: record["ms"]["median"] for record in _records("front")}
 
 
-def _read(subject: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{subject}.json").read_text(encoding="utf-8"))
+def _read(subject: str, folder: Path = FOLDER) -> dict[str, Any]:
+    return json.loads((folder / f"{subject}.json").read_text(encoding="utf-8"))
 
 
-def _records(*subjects: str) -> list[Record]:
-    return [record for subject in subjects for record in _read(subject)["records"]]
+def _records(*subjects: str, folder: Path = FOLDER) -> list[Record]:
+    return [record for subject in subjects for record in _read(subject, folder)["records"]]
 
 
 def _machine() -> str:
@@ -58,6 +59,37 @@ def _attention() -> str:
         "dearest / cheapest": _get("dearest_to_cheapest"),
     }
     return markdown_table(_records("attention"), columns)
+
+
+def _processors() -> str:
+    """The ratios that have a mark, in float32, on the processor of this run and on those that have a folder."""
+    folders = [FOLDER, *sorted(path for path in FOLDER.iterdir() if path.is_dir())]
+    columns = {_read("linear", folder)["machine"]["processor"]: _marked(folder) for folder in folders}
+    records = [
+        {"work": work, "reach": reach} for work, (reach, _) in columns[_read("linear")["machine"]["processor"]].items()
+    ]
+
+    def measured(marked: dict[str, tuple[float, float]], record: Record) -> str:
+        _, faster = marked.get(record["work"], (0.0, 0.0))
+        return (f"{faster:.3g}" + " **short**" * (faster < record["reach"])) if faster else ""
+
+    shown: dict[str, Callable[[Record], object]] = {"work": _get("work"), "to reach": lambda r: f"{r['reach']:.3g}"}
+    shown |= {name: partial(measured, marked) for name, marked in columns.items()}
+    return markdown_table(records, shown)
+
+
+def _marked(folder: Path) -> dict[str, tuple[float, float]]:
+    """Mark and ratio of each layer, attention and model (BatchNorm folded) in float32, by a name for what was timed."""
+    found = {}
+    for record in _records("linear", "mlp", folder=folder):
+        if record["mode"] == "float32":
+            found["{work}, n = {n}, {rows} rows, {layout}".format(**record)] = record
+    for record in _records("attention", folder=folder):
+        found[f"attention, {record['n']:,} tokens"] = record
+    for record in _records("twins", folder=folder):
+        if record["backend"] == "fused" and record["reach"]:
+            found["{work}, {batch}".format(**record)] = record
+    return {work: (record["reach"], record["faster"]) for work, record in found.items()}
 
 
 def _memory() -> str:
@@ -176,6 +208,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": lambda: _layers(["float32"]),
     "modes": lambda: _layers(["bfloat16", "training"]),
     "attention": _attention,
+    "processors": _processors,
     "memory": _memory,
     "twins": _twins,
     "equals": _equals,

@@ -99,6 +99,12 @@ def test_a_difference_over_atol_leaves_the_old_file(loaded, images, tmp_path, mo
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+def _groups(path):
+    """Of each convolution in a file, in their order."""
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+    return [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "group"]
+
+
 def test_int8_of_a_mixer_is_dynamic_and_stays_near_the_model(tmp_path, images, loaded):
     torch.manual_seed(0)
     model = timm.create_model("butterfly_mixer_nano_32", num_classes=10, depth=1, conv_stem=False).eval()
@@ -106,7 +112,22 @@ def test_int8_of_a_mixer_is_dynamic_and_stays_near_the_model(tmp_path, images, l
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert not is_convolutional(model)
     assert operators >= {"DynamicQuantizeLinear", "MatMulInteger"}
+    assert not [group for group in _groups(tmp_path / "m.onnx") if group > 1]  # int8 is quick with products
     assert 0 < written.difference <= 0.2
+
+
+def test_levels_of_a_mixer_are_convolutions_in_groups_of_whole_vectors(tmp_path, images, loaded):
+    torch.manual_seed(0)
+    model = timm.create_model("butterfly_mixer_nano_32", num_classes=10, depth=1, conv_stem=False).eval()
+    written = export_model(model, loaded[1], "onnx", tmp_path / "m.onnx", images, atol=1e-4)
+    # The patches; then two levels of two products each, over 64 tokens in pairs of blocks of 8 and over 192 channels.
+    assert _groups(tmp_path / "m.onnx") == [1] + [4] * 4 + [12] * 4
+    assert written.difference <= 1e-4
+
+
+def test_threads_of_onnxruntime_do_not_wait_actively_for_the_next_run(tiny_onnx):
+    options = load_runtime(str(tiny_onnx), "cpu").session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_most_weights_of_a_resnet_are_convolutions(loaded):

@@ -70,32 +70,46 @@ static void add(float *y, const float *plus, long count, long length, long pitch
     }
 }
 
+// Asks for what is at TILE rows of features that a block will read or write, `step` apart, where the processor does not
+// see it coming: in rows far apart, or in features of which each lies in a page of memory of its own. (Inline: a function
+// that does no more than this has no effect in the compiler's eyes, and is left out.)
+template <int WRITE>
+INLINE void fetch(View x, long features, long step) {
+    if (x.row != 1)
+        for (long r = 0; r < TILE; r++)
+            for (long f = 0; f < features; f += 16) __builtin_prefetch(x.at(f, r).data, WRITE);
+    else if (4 * x.feature >= 4096)
+        for (long f = 0; f < features; f++)
+            for (long r = 0; r < TILE; r += 16) __builtin_prefetch(x.at(f * step, r).data, WRITE);
+}
+
 // One level from x to y. They may be the same tile where blocks give as many features as they take: a block is copied
 // to `packed` before it is written, or it is an MLP, which writes when it has read all but what the residual takes. With
-// rows far apart, x is no tile, and gather turns them.
+// rows far apart, x is no tile, the level is one of neighbours, and gather turns them.
 static void level(const Level &l, View x, View y, float *packed, float *hidden) {
     const Matrix between = {hidden, TILE};
     const bool in_place = l.stride == 1 && l.hidden && x.row == 1;
     const long first = l.hidden ? l.hidden : l.outer;  // features that the first product of a block gives
-    for (long group = 0; group < l.groups; group++)
-        for (long offset = 0; offset < l.stride; offset++) {
-            const long block = group * l.stride + offset;
-            const View from = x.at(group * l.inner * l.stride + offset, 0);
-            const Matrix in = in_place ? Matrix{from.data, from.feature} : Matrix{packed, TILE};
-            if (!in_place) gather(from, l.inner, l.stride, TILE, packed);
-            const Matrix out = {y.at(group * l.outer * l.stride + offset, 0).data, l.stride * y.feature};
-            const Matrix weight = {(float *)l.weight + block * first * l.inner, l.inner};
-            const float *bias = l.bias ? l.bias + block * first : nullptr;
-            if (!l.hidden) {
-                product<2>(l.outer, weight, l.inner, in, out, bias);
-                continue;
-            }
-            product<2>(l.hidden, weight, l.inner, in, between, bias);
-            activate(hidden, 2 * l.hidden);
-            product<2>(
-                l.outer, {(float *)l.weight2 + block * l.outer * l.hidden, l.hidden}, l.hidden, between, out,
-                l.bias2 ? l.bias2 + block * l.outer : nullptr, l.residual ? in : none);
+    const auto start = [&](long block, long width) { return block / l.stride * l.stride * width + block % l.stride; };
+    for (long block = 0; block < l.groups * l.stride; block++) {
+        const View from = x.at(start(block, l.inner), 0), to = y.at(start(block, l.outer), 0);
+        const Matrix in = in_place ? Matrix{from.data, from.feature} : Matrix{packed, TILE};
+        const Matrix out = {to.data, l.stride * y.feature};
+        if (!in_place) gather(from, l.inner, l.stride, TILE, packed);
+        fetch<0>(x.at(start(block + 1, l.inner), 0), l.inner, l.stride);
+        fetch<1>(y.at(start(block + 1, l.outer), 0), l.outer, l.stride);
+        const Matrix weight = {(float *)l.weight + block * first * l.inner, l.inner};
+        const float *bias = l.bias ? l.bias + block * first : nullptr;
+        if (!l.hidden) {
+            product<2>(l.outer, weight, l.inner, in, out, bias);
+            continue;
         }
+        product<2>(l.hidden, weight, l.inner, in, between, bias);
+        activate(hidden, 2 * l.hidden);
+        product<2>(
+            l.outer, {(float *)l.weight2 + block * l.outer * l.hidden, l.hidden}, l.hidden, between, out,
+            l.bias2 ? l.bias2 + block * l.outer : nullptr, l.residual ? in : none);
+    }
 }
 
 // All levels on the rows from `tile * TILE` on.

@@ -167,7 +167,8 @@ INLINE void transpose_eight(Matrix in, Matrix out) {
 
 #if LANES == 16
 // out[c, r] = in[r, c], sixteen by sixteen: four rows of four numbers from four places make a vector, so that only what
-// is inside a quarter of it is left to shuffle. Whole lines of the cache are read and written.
+// is inside a quarter of it is left to shuffle. Whole lines of the cache are read and written, and those that the next but
+// one will write are asked for.
 INLINE void transpose_sixteen(Matrix in, Matrix out) {
     for (int c = 0; c < 16; c += 4) {
         __m512 a[4], b[4];
@@ -184,6 +185,8 @@ INLINE void transpose_sixteen(Matrix in, Matrix out) {
         for (int r = 0; r < 2; r++) {
             _mm512_storeu_ps(out.row(c + 2 * r), _mm512_shuffle_ps(b[r], b[r + 2], 0x44));
             _mm512_storeu_ps(out.row(c + 2 * r + 1), _mm512_shuffle_ps(b[r], b[r + 2], 0xee));
+            __builtin_prefetch(out.row(c + 2 * r) + 32, 1);
+            __builtin_prefetch(out.row(c + 2 * r + 1) + 32, 1);
         }
     }
 }
@@ -217,11 +220,14 @@ static void transpose(Matrix in, long rows, long columns, Matrix out) {
         for (long c = 0; c < columns; c++) out.row(c)[r] = in.row(r)[c];
 }
 
-// out[r, :] = in[r, :].
+// out[r, :] = in[r, :]. What lies behind in the same row, where the next head of an attention is, comes closer.
 static void copy(Matrix in, long rows, long columns, Matrix out) {
     for (long r = 0; r < rows; r++) {
         long c = 0;
-        for (; c + LANES <= columns; c += LANES) store(out.row(r) + c, load(in.row(r) + c));
+        for (; c + LANES <= columns; c += LANES) {
+            store(out.row(r) + c, load(in.row(r) + c));
+            __builtin_prefetch(in.row(r) + c + columns);
+        }
         for (; c < columns; c++) out.row(r)[c] = in.row(r)[c];
     }
 }
