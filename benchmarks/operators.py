@@ -22,6 +22,7 @@ KINDS = {
     "baddbmm_": "batched product",
     "_scaled_dot_product_flash_attention_for_cpu": "attention",
     "dimmix::mix": "mixing kernel",
+    "dimmix::mix_patches": "mixing kernel",
     "dimmix::attend": "attention kernel",
     "dimmix::stage": "convolution kernel",
     "native_channel_shuffle": "channel shuffle",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
-from .layers.eager import residual_by_kernel
+from .layers.eager import is_idle
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -83,13 +83,10 @@ class PatchStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        patches, added = self.fold.unfold(x), None
-        if not torch.jit.is_scripting():
-            added = residual_by_kernel(patches, self.norm, self.mlp, self.drop_path)
-        if added is None:
-            x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(patches))))
-        else:
-            x = self.fold.fold(added)
+        mixed = None
+        if not torch.jit.is_scripting() and is_idle(self.drop_path):
+            mixed = self.fold.add_natively(x, self.norm, self.mlp)
+        x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x))))) if mixed is None else mixed
         if self.across is not None:
             patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
             x = x + self.fold.fold(self.drop_path(self.across(patches).transpose(1, 2)))

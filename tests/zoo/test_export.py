@@ -126,7 +126,7 @@ def test_levels_of_a_mixer_are_convolutions_in_groups_of_whole_vectors(tmp_path,
 
 
 def test_threads_of_onnxruntime_do_not_wait_actively_for_the_next_run(tiny_onnx):
-    options = load_runtime(str(tiny_onnx), "cpu").session.get_session_options()
+    options = load_runtime(str(tiny_onnx), device="cpu").session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 

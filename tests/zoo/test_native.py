@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from dimmix.butterfly import ButterflySchedule
-from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, DenseMlp, Linear, MonarchMlp, native
+from dimmix.layers import (
+    ButterflyAttention,
+    ButterflyLinear,
+    ButterflyMlp,
+    DenseMlp,
+    Linear,
+    MonarchMlp,
+    PatchFold,
+    native,
+)
 from dimmix.profile import count_macs
 
 pytestmark = pytest.mark.skipif(
@@ -288,6 +297,45 @@ def test_what_was_altered_is_called(calls, alter):
     assert calls == [20]
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "side", "stride"),
+    [
+        (3, (35, 35), 5, 1),
+        (3, (35, 35), 7, 1),
+        (8, (15, 30), 3, 1),
+        (4, (16, 16), 2, 1),
+        (4, (8, 16), 2, 4),
+        (2, (18, 36), 3, 2),
+    ],
+)
+@torch.no_grad()
+def test_patches_are_mixed_where_they_lie(instructions, channels, size, side, stride):
+    fold = PatchFold(channels, size, side, stride)
+    norm, mlp = nn.LayerNorm(fold.values), DenseMlp(fold.values)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    for images in (1, 3):
+        x = torch.randn(images, channels, *size)
+        actual = fold.add_natively(x, norm, mlp)
+        expected = x + fold.fold(mlp.double()(norm.double()(fold.unfold(x.double()))))
+        mlp.float(), norm.float()
+        assert actual.is_contiguous()
+        assert float((actual - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+        assert torch.equal(fold.add_natively(x.contiguous(memory_format=torch.channels_last), norm, mlp), actual)
+
+
+@torch.no_grad()
+def test_patches_that_do_not_fit_are_refused():
+    fold = PatchFold(3, (4, 4), 2)
+    norm, steps = native.norm_of(nn.LayerNorm(12)), DenseMlp(12).steps()
+    with pytest.raises(ValueError, match="a patch has 8 values, the steps take 12, the norm 12"):
+        native.mix_patches(torch.randn(1, 2, 4, 4), 2, 1, steps, norm)
+    with pytest.raises(ValueError, match="patches that do not fit"):
+        native.mix_patches(torch.randn(1, 3, 4, 5), 2, 1, steps, norm)
+    hooked = DenseMlp(12)
+    hooked.register_forward_hook(lambda *_: None)
+    assert fold.add_natively(torch.randn(1, 3, 4, 4), nn.LayerNorm(12), hooked) is None
+
+
 def test_where_the_kernels_are_not_taken(calls):
     layer, x = ButterflyMlp(16, 4), torch.randn(20, 16)
     layer(x)  # gradients are wanted
@@ -308,6 +356,10 @@ def test_a_compiled_layer_takes_the_kernels():
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
     torch.library.opcheck(torch.ops.dimmix.attend.default, (x, x, x, 4, 1, 2))
+    weights, numbers = native._lists(DenseMlp(12).steps())
+    images, weights = torch.randn(2, 3, 4, 4), [tensor.detach() for tensor in weights]
+    operator = torch.ops.dimmix.mix_patches.default
+    torch.library.opcheck(operator, (images, 2, 1, weights, numbers, torch.ones(12), torch.zeros(12), 1e-5))
 
 
 @pytest.mark.parametrize(

@@ -128,19 +128,43 @@ def mix(
     Raises:
         ValueError: `x` or the norm has another number of features than the first step, or `plus` another shape.
     """
-    features, last = steps[0].groups * steps[0].stride * steps[0].inner, steps[-1]
+    features, last = _features(steps), steps[-1]
     if x.shape[0] != features or (norm is not None and len(norm.weight) != features):
         raise ValueError(f"{features} features expected, the input has {x.shape[0]}")
     shape = (last.groups * last.stride * last.outer, x.shape[1])
     if plus is not None and tuple(plus.shape) != (shape[::-1] if features_last else shape):
         raise ValueError(f"what is to be added has shape {tuple(plus.shape)}, the result {shape}")
+    weights, shapes = _lists(steps)
+    gamma, beta, epsilon = norm or (None, None, 0.0)
+    return _mix_operator(x, weights, shapes, features_last, gamma, beta, epsilon, plus)
+
+
+def mix_patches(x: Tensor, side: int, stride: int, steps: Sequence[Step], norm: Norm) -> Tensor:
+    """Images (B, C, H, W), to which the steps of the norm of each of their patches are added: (B, C, H, W), contiguous.
+
+    Patches are those of `PatchFold(C, (H, W), side, stride)`, and the steps give as many features as they take.
+
+    Raises:
+        ValueError: the steps or the norm have another number of features than a patch has values.
+    """
+    values = x.shape[1] * side**2
+    if _features(steps) != values or len(norm.weight) != values:
+        raise ValueError(f"a patch has {values} values, the steps take {_features(steps)}, the norm {len(norm.weight)}")
+    return _mix_patches_operator(x, side, stride, *_lists(steps), *norm)
+
+
+def _features(steps: Sequence[Step]) -> int:
+    return steps[0].groups * steps[0].stride * steps[0].inner
+
+
+def _lists(steps: Sequence[Step]) -> tuple[list[Tensor | None], list[int]]:
+    """Tensors and numbers of steps as the operators take them."""
     weights: list[Tensor | None] = []
     shapes: list[int] = []
     for groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, residual, activate in steps:
         weights += (weight, bias, weight2, bias2)
         shapes += (groups, stride, inner, outer, hidden, int(residual), int(activate))
-    gamma, beta, epsilon = norm or (None, None, 0.0)
-    return _mix_operator(x, weights, shapes, features_last, gamma, beta, epsilon, plus)
+    return weights, shapes
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
@@ -154,8 +178,13 @@ LIBRARY.define(
     "mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last, Tensor? gamma, Tensor? beta, float epsilon, "
     "Tensor? plus) -> Tensor"
 )
+LIBRARY.define(
+    "mix_patches(Tensor x, int side, int stride, Tensor?[] weights, int[] shapes, Tensor gamma, Tensor beta, "
+    "float epsilon) -> Tensor"
+)
 LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
 _mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix.attend.default
+_mix_patches_operator = torch.ops.dimmix.mix_patches.default
 
 
 def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
@@ -186,6 +215,25 @@ def _mix(
     return y
 
 
+def _mix_patches(
+    x: Tensor,
+    side: int,
+    stride: int,
+    weights: Sequence[Tensor | None],
+    shapes: Sequence[int],
+    gamma: Tensor,
+    beta: Tensor,
+    epsilon: float,
+) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _native.mix_patches(
+        x.data_ptr(), y.data_ptr(), *x.shape, side, stride, shapes, _addresses(weights), *_addresses((gamma, beta)),
+        epsilon,
+    )  # fmt: skip
+    return y
+
+
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -203,12 +251,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int
 
 
 LIBRARY.impl("mix", _mix, "CPU")
+LIBRARY.impl("mix_patches", _mix_patches, "CPU")
 LIBRARY.impl("attend", _attend, "CPU")
 
 
 @torch.library.register_fake("dimmix::mix", lib=LIBRARY)
 def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool, *_) -> Tensor:
     return _empty(x, shapes, features_last)
+
+
+@torch.library.register_fake("dimmix::mix_patches", lib=LIBRARY)
+def _fake_mix_patches(x: Tensor, *_) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("dimmix::attend", lib=LIBRARY)
@@ -219,7 +273,18 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads
 @register_flop_formula(torch.ops.dimmix.mix)
 def _mix_flops(x_shape, weights_shape, *_, out_shape=None, **kwargs) -> int:
     """Each weight of a matrix is multiplied and added once a row; of a step's four tensors the second are biases."""
-    return 2 * x_shape[1] * sum(math.prod(shape) for shape in weights_shape[::2] if shape is not None)
+    return 2 * x_shape[1] * _weights(weights_shape)
+
+
+@register_flop_formula(torch.ops.dimmix.mix_patches)
+def _mix_patches_flops(x_shape, side, stride, weights_shape, *_, out_shape=None, **kwargs) -> int:
+    """The same for each patch."""
+    images, _, height, width = x_shape
+    return 2 * images * (height // side) * (width // side) * _weights(weights_shape)
+
+
+def _weights(weights_shape) -> int:
+    return sum(math.prod(shape) for shape in weights_shape[::2] if shape is not None)
 
 
 @register_flop_formula(torch.ops.dimmix.attend)

@@ -70,6 +70,30 @@ static void add(float *y, const float *plus, long count, long length, long pitch
     }
 }
 
+// Where the first value of each of a tile's patches lies in the images, from row `row` on; beyond the last one as the first.
+static void patch_places(const Patches &p, long row, long rows, long *places) {
+    const long span = p.side * p.stride, across = p.width / span, an_image = p.height / p.side * across * p.stride;
+    for (long k = 0; k < TILE; k++) {
+        long patch = row + (k < rows ? k : 0);
+        const long image = patch / an_image;
+        patch %= an_image;
+        const long column = patch / p.stride % across * span + patch % p.stride;
+        patch /= across * p.stride;
+        const long line = patch / p.stride * span + patch % p.stride;
+        places[k] = (image * p.channels * p.height + line) * p.width + column;
+    }
+}
+
+// work(feature, offset) for each value of a patch, by channel, line and column.
+template <class Work>
+INLINE void patch_values(const Patches &p, const Work &work) {
+    long feature = 0;
+    for (long c = 0; c < p.channels; c++)
+        for (long i = 0; i < p.side; i++)
+            for (long j = 0; j < p.side; j++)
+                work(feature++, (c * p.height + i * p.stride) * p.width + j * p.stride);
+}
+
 // Asks for what is at TILE rows of features that a block will read or write, `step` apart, where the processor does not
 // see it coming: in rows far apart, or in features of which each lies in a page of memory of its own. (Inline: a function
 // that does no more than this has no effect in the compiler's eyes, and is left out.)
@@ -119,11 +143,20 @@ static void mix(const Mix &m, long tile, float *memory) {
     float *here = hidden + m.hidden * TILE, *there = here + m.widest * TILE;
     const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
     const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
+    const bool patches = m.patches.side;
+    long places[TILE];
     // Rows side by side are read and written where they lie. Rows far apart are turned block by block as a first level of
     // neighbours takes them, else all at once, and go back at once.
-    const bool whole = rows == TILE, writes = whole && out.row == 1;
+    const bool whole = rows == TILE && !patches, writes = whole && out.row == 1;
     const bool reads = whole && !m.gamma && (in.row == 1 || m.levels[0].stride == 1);
-    if (!reads) gather(in, m.in, 1, rows, here);
+    if (patches) {
+        patch_places(m.patches, row, rows, places);
+        patch_values(m.patches, [&](long f, long offset) {
+            for (long k = 0; k < TILE; k++) here[f * TILE + k] = m.x[places[k] + offset];
+        });
+    } else if (!reads) {
+        gather(in, m.in, 1, rows, here);
+    }
     if (m.gamma) normalize(here, m.in, m.gamma, m.beta, m.epsilon);
     View x = reads ? in : View{here, TILE, 1};
     for (long i = 0; i < m.count; i++) {
@@ -138,6 +171,10 @@ static void mix(const Mix &m, long tile, float *memory) {
         if (y.data == there) there = here, here = y.data;
         x = y;
     }
+    if (patches)
+        return patch_values(m.patches, [&](long f, long offset) {
+            for (long k = 0; k < rows; k++) m.y[places[k] + offset] = m.x[places[k] + offset] + here[f * TILE + k];
+        });
     if (x.data == here) scatter(here, m.out, rows, out);
     if (m.plus) {
         const float *plus = m.plus + row * m.y_row;

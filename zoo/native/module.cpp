@@ -14,6 +14,12 @@ struct Level {
     const float *weight, *bias, *weight2, *bias2;
 };
 
+// Images (channels, height, width) whose square patches are the rows of a Mix: `side` pixels a side, `stride` apart. With
+// side 0 its rows are rows. The result is images too, and x is added to it.
+struct Patches {
+    long channels, height, width, side, stride;
+};
+
 // With `gamma` a LayerNorm over the features of x comes first; `plus` has the strides of y, and is added at the end.
 struct Mix {
     const float *x, *plus, *gamma, *beta;
@@ -22,6 +28,7 @@ struct Mix {
     long rows, in, out, widest, packed, hidden;  // features of x, of y; most of them in a tile, a block, a block's MLP
     long count;
     const Level *levels;
+    Patches patches;
 };
 
 // q, k and v are (tokens, pitch), their first heads * head_dim columns; out is (tokens, heads * head_dim).
@@ -172,35 +179,29 @@ static PyObject *answer(bool enough) {
     return Py_None;
 }
 
-// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers, gamma, beta, epsilon, plus): of each level the 7
-// numbers and the 4 addresses of `Level`, in two lists; the last addresses may be 0.
-static PyObject *py_mix(PyObject *, PyObject *args) {
-    const int most = 32, numbers = 7, addresses = 4;
-    Mix m = {};
-    unsigned long long x, y, gamma, beta, plus;
-    PyObject *shapes, *pointers;
-    if (!PyArg_ParseTuple(
-            args, "KllKlllO!O!KKfK", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type,
-            &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon, &plus))
-        return nullptr;
+const int most_levels = 32;
+
+// The levels of a Mix from Python's lists, of each the 7 numbers and the 4 addresses of `Level`, and what follows from
+// them; false with an error of Python's where they make no sense.
+static bool read_levels(PyObject *shapes, PyObject *pointers, Level *levels, Mix &m) {
+    const int numbers = 7, addresses = 4;
     m.count = PyList_Size(shapes) / numbers;
-    if (!kernels || m.count < 1 || m.count > most || PyList_Size(pointers) != m.count * addresses) {
+    if (!kernels || m.count < 1 || m.count > most_levels || PyList_Size(pointers) != m.count * addresses) {
         PyErr_SetString(PyExc_ValueError, "mix: no kernels here, or not 1 to 32 levels");
-        return nullptr;
+        return false;
     }
-    Level levels[most];
     for (long i = 0; i < m.count; i++) {
         for (int k = 0; k < numbers; k++)
             (&levels[i].groups)[k] = PyLong_AsLong(PyList_GetItem(shapes, i * numbers + k));
         for (int k = 0; k < addresses; k++)
             (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(pointers, i * addresses + k));
     }
-    if (PyErr_Occurred()) return nullptr;
+    if (PyErr_Occurred()) return false;
     for (long i = 1; i < m.count; i++)
         if (levels[i].groups * levels[i].stride * levels[i].inner !=
             levels[i - 1].groups * levels[i - 1].stride * levels[i - 1].outer) {
             PyErr_SetString(PyExc_ValueError, "mix: a level takes other features than it is given");
-            return nullptr;
+            return false;
         }
     const auto raise_to = [](long &most, long value) { most = value > most ? value : most; };
     for (long i = 0; i < m.count; i++) {
@@ -211,8 +212,11 @@ static PyObject *py_mix(PyObject *, PyObject *args) {
     }
     m.in = levels[0].groups * levels[0].stride * levels[0].inner;
     m.out = levels[m.count - 1].groups * levels[m.count - 1].stride * levels[m.count - 1].outer;
-    m.x = (const float *)x, m.y = (float *)y, m.levels = levels;
-    m.gamma = (const float *)gamma, m.beta = (const float *)beta, m.plus = (const float *)plus;
+    m.levels = levels;
+    return true;
+}
+
+static PyObject *run_mix(const Mix &m) {
     bool enough;
     Py_BEGIN_ALLOW_THREADS;
     enough = run((m.rows + kernels->tile - 1) / kernels->tile, kernels->mix_memory(m), [&](long tile, float *memory) {
@@ -220,6 +224,48 @@ static PyObject *py_mix(PyObject *, PyObject *args) {
     });
     Py_END_ALLOW_THREADS;
     return answer(enough);
+}
+
+// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers, gamma, beta, epsilon, plus): shapes and pointers
+// as `read_levels` takes them; the last addresses may be 0.
+static PyObject *py_mix(PyObject *, PyObject *args) {
+    Mix m = {};
+    Level levels[most_levels];
+    unsigned long long x, y, gamma, beta, plus;
+    PyObject *shapes, *pointers;
+    if (!PyArg_ParseTuple(
+            args, "KllKlllO!O!KKfK", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type,
+            &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon, &plus) ||
+        !read_levels(shapes, pointers, levels, m))
+        return nullptr;
+    m.x = (const float *)x, m.y = (float *)y;
+    m.gamma = (const float *)gamma, m.beta = (const float *)beta, m.plus = (const float *)plus;
+    return run_mix(m);
+}
+
+// mix_patches(x, y, images, channels, height, width, side, stride, shapes, pointers, gamma, beta, epsilon): x and y are
+// contiguous, the rest as for `mix`.
+static PyObject *py_mix_patches(PyObject *, PyObject *args) {
+    Mix m = {};
+    Level levels[most_levels];
+    unsigned long long x, y, gamma, beta;
+    long images;
+    Patches &p = m.patches;
+    PyObject *shapes, *pointers;
+    if (!PyArg_ParseTuple(
+            args, "KKllllllO!O!KKf", &x, &y, &images, &p.channels, &p.height, &p.width, &p.side, &p.stride,
+            &PyList_Type, &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon) ||
+        !read_levels(shapes, pointers, levels, m))
+        return nullptr;
+    const long span = p.side * p.stride;
+    if (span < 1 || p.height % span || p.width % span || m.in != p.channels * p.side * p.side || m.out != m.in) {
+        PyErr_SetString(PyExc_ValueError, "mix_patches: patches that do not fit the image or the levels");
+        return nullptr;
+    }
+    m.rows = images * (p.height / p.side) * (p.width / p.side);
+    m.x = (const float *)x, m.y = (float *)y;
+    m.gamma = (const float *)gamma, m.beta = (const float *)beta;
+    return run_mix(m);
 }
 
 // attend(q, k, v, out, tokens, radix, stride, heads, head_dim, pitch)
@@ -334,6 +380,7 @@ static PyObject *py_use(PyObject *, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"mix", py_mix, METH_VARARGS, "The levels of a butterfly over the features of rows."},
+    {"mix_patches", py_mix_patches, METH_VARARGS, "The same over the values of an image's patches, added to the image."},
     {"attend", py_attend, METH_VARARGS, "Attention inside the groups of a level."},
     {"stage", py_stage, METH_VARARGS, "Residual blocks of grouped convolutions."},
     {"use", py_use, METH_VARARGS, "Choose an instruction set."},
