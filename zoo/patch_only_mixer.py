@@ -84,13 +84,17 @@ class PatchStep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         mixed = None
-        if not torch.jit.is_scripting() and is_idle(self.drop_path):
-            mixed = self.fold.add_natively(x, self.norm, self.mlp)
+        if not torch.jit.is_scripting():
+            mixed = self._by_kernel(x)
         x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x))))) if mixed is None else mixed
         if self.across is not None:
             patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
             x = x + self.fold.fold(self.drop_path(self.across(patches).transpose(1, 2)))
         return x
+
+    @torch.jit.unused
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        return self.fold.add_natively(x, self.norm, self.mlp) if is_idle(self.drop_path) else None
 
 
 def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:
