@@ -25,9 +25,10 @@ from torch.nn.utils import prune
 
 from dimmix.checkpoints.card import write_atomically
 from dimmix.errors import DimmixError
+from dimmix.layers import SparseLinear
 from dimmix.profile import count_macs
 from dimmix.wide import MaskedOperator, WideOperator, effective_mlp
-from dimmix.wide_mixer import SparseLinear, WideMixer
+from dimmix.wide_mixer import WideMixer
 from dimmix.widths import designs, mean_connections, sweep, sweep_channels
 
 from .augment import Batches

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .butterfly import square_radix
 from .data_cfg import base_cfg
-from .layers import ButterflyMlp, DenseMlp, FeatureMixer, MonarchMlp, TokenStem
-from .layers.eager import residual_by_kernel
+from .layers import ButterflyMlp, DenseMlp, FeatureMixer, MonarchMlp, TokenStem, native
+from .layers.eager import is_idle, part
+from .layers.native_branches import TOKENS, Blocks, Branch, by_kernel, in_a_row, residual
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -58,17 +59,31 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, B, C) -> (N, B, C)."""
+        if not torch.jit.is_scripting():
+            by_kernels = by_kernel(x, self.branches, tokens_first=True)
+            if by_kernels is not None:
+                return by_kernels
         y = self.token_mlp.mix(self.norm1(x).flatten(1)).reshape(x.shape)
         x = x + self._drop(y)
-        if not torch.jit.is_scripting():
-            added = residual_by_kernel(x, self.norm2, self.channel_mlp, self.drop_path)
-            if added is not None:
-                return added
         return x + self._drop(self.channel_mlp(self.norm2(x)))
+
+    @torch.jit.unused
+    def branches(self) -> list[Branch]:
+        """The block for `native_branches`; none where a part has to be called."""
+        if not is_idle(part(self, "drop_path")):
+            return []
+        tokens = residual(part(self, "norm1"), part(self, "token_mlp"), kind=TOKENS)
+        return in_a_row(tokens, residual(part(self, "norm2"), part(self, "channel_mlp")))
 
     def _drop(self, y: Tensor) -> Tensor:
         # DropPath drops along axis 0, and images lie along axis 1 here.
         return self.drop_path(y.transpose(0, 1)).transpose(0, 1)
+
+
+class MixerBlocks(Blocks):
+    """Blocks that work on (N, B, C)."""
+
+    tokens_first = True
 
 
 class ButterflyMixer(Trunk):
@@ -131,7 +146,7 @@ class ButterflyMixer(Trunk):
         token_radix = token_radix or square_radix(tokens)
         channel_radix = channel_radix or square_radix(embed_dim)
         rates = drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(
+        self.blocks = MixerBlocks(
             *[
                 MixerBlock(
                     make_mlp(mixing, tokens, token_radix, token_ratio, proj_drop_rate, level_residual, **dd),
@@ -157,8 +172,12 @@ class ButterflyMixer(Trunk):
         )
 
     def embed(self, x: Tensor) -> Tensor:
-        """Image -> tokens first, (N, B, C)."""
-        return self.stem(x).transpose(0, 1).contiguous()
+        """Image -> tokens first, (N, B, C); a view of images first where our kernel will read them so."""
+        x = self.stem(x).transpose(0, 1)
+        as_it_lies = False
+        if not torch.jit.is_scripting():
+            as_it_lies = native.takes(x)
+        return x if as_it_lies else x.contiguous()
 
     def leave(self, x: Tensor) -> Tensor:
         """(N, B, C) -> (B, N, C)."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
-from .layers.eager import is_idle
+from .layers.eager import is_hooked, is_idle, part
+from .layers.native_branches import PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -85,7 +86,7 @@ class PatchStep(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         mixed = None
         if not torch.jit.is_scripting():
-            mixed = self._by_kernel(x)
+            mixed = by_kernel(x, self._inside)
         x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x))))) if mixed is None else mixed
         if self.across is not None:
             patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
@@ -93,8 +94,17 @@ class PatchStep(nn.Module):
         return x
 
     @torch.jit.unused
-    def _by_kernel(self, x: Tensor) -> Tensor | None:
-        return self.fold.add_natively(x, self.norm, self.mlp) if is_idle(self.drop_path) else None
+    def branches(self) -> list[Branch]:
+        """The step for `native_branches`; none where a part has to be called, or mixes across patches."""
+        return self._inside() if self.across is None else []
+
+    @torch.jit.unused
+    def _inside(self) -> list[Branch]:
+        fold = part(self, "fold")
+        if type(fold) is not PatchFold or is_hooked(fold) or not is_idle(part(self, "drop_path")):
+            return []
+        size = (fold.patch_size, fold.stride, fold.num_patches)
+        return in_a_row(residual(part(self, "norm"), part(self, "mlp"), kind=PATCHES, numbers=size))
 
 
 def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:
@@ -160,9 +170,9 @@ class PatchOnlyMixer(Trunk):
         self.stem = ImageStem(in_chans, channels, grid, stem_stride, stem_width, **dd)
         rates = drop_path_rates(drop_path_rate, depth)
         across = mixing == "dense"
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *[
-                nn.Sequential(
+                Blocks(
                     *[
                         PatchStep(
                             PatchFold(channels, grid, size, stride), mlp_ratio, across, proj_drop_rate, rates[i], **dd

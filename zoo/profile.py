@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .layers import native
+
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of `model` for one input of `input_size` (C, H, W): matrix products and convolutions.
@@ -22,9 +24,10 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, i
     """`count_macs` for each module by its name within `model`, whose own name is ""; those without any are left out."""
     modes = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
-    # The fused attention kernels have no count on every backend; the plain one is matrix products.
+    # The fused attention kernels have no count on every backend; the plain one is matrix products. Our own kernels take
+    # several modules at once.
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with native.switched_off(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
     finally:
         for module, training in modes.items():

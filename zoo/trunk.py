@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .layers import native
 from .layers.eager import is_hooked, runs_eagerly
 
 POOLS = ("", "avg", "max", "flatten")
@@ -25,7 +26,8 @@ class Trunk(nn.Module):
     """
 
     images_per_tile: int = 0
-    """On a CPU, without gradients, so many images at a time: what passes between layers then stays in the cache."""
+    """On a CPU, without gradients, so many images at a time: what passes between layers then stays in the cache. Where
+    our own kernels see to that, all at once."""
 
     if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
         stem: nn.Module
@@ -207,7 +209,8 @@ class Trunk(nn.Module):
         """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
         if not torch.jit.is_scripting():
             tile = self.images_per_tile
-            if tile and runs_eagerly(x) and len(x) > tile and not self._wants_whole_batches():
+            tiles = bool(tile) and runs_eagerly(x) and not native.takes(x)
+            if tiles and len(x) > tile and not self._wants_whole_batches():
                 return torch.cat([self.forward_features(images) for images in x.split(tile)])
             y = self.features_by_kernel(x)
             if y is not None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule, Level, square_radix
 from .data_cfg import base_cfg
 from .layers import ButterflyAttention, DenseMlp, Permute, TokenStem, random_order
-from .layers.eager import residual_by_kernel
+from .layers.eager import is_idle, part
+from .layers.native_branches import Blocks, Branch, by_kernel, in_a_row, norm_alone, residual
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -49,8 +50,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        if self.pre_norm and not torch.jit.is_scripting():
-            return self._add(self._add(x, self.norm1, self.attn), self.norm2, self.mlp)
+        if not torch.jit.is_scripting():
+            y = by_kernel(x, self.branches)
+            if y is not None:
+                return y
         if self.pre_norm:
             x = x + self.drop_path(self.attn(self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -58,9 +61,14 @@ class Block(nn.Module):
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
     @torch.jit.unused
-    def _add(self, x: Tensor, norm: nn.Module, mixer: nn.Module) -> Tensor:
-        y = residual_by_kernel(x, norm, mixer, self.drop_path)
-        return x + self.drop_path(mixer(norm(x))) if y is None else y
+    def branches(self) -> list[Branch]:
+        """The block for `native_branches`; none where a part has to be called."""
+        if not is_idle(part(self, "drop_path")):
+            return []
+        norm1, attn, norm2, mlp = part(self, "norm1"), part(self, "attn"), part(self, "norm2"), part(self, "mlp")
+        if self.pre_norm:
+            return in_a_row(residual(norm1, attn), residual(norm2, mlp))
+        return in_a_row(residual(None, attn), norm_alone(norm1), residual(None, mlp), norm_alone(norm2))
 
 
 class ButterflyVit(Trunk):
@@ -128,7 +136,7 @@ class ButterflyVit(Trunk):
         self.order = Permute(order, 1, persistent=True, device=device) if token_order == "random" else None
         schedule = self._schedule(tokens)
         rates = drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *[
                 Block(embed_dim, schedule.level(i), num_heads, mlp_ratio, pre_norm, proj_drop_rate, rates[i], **dd)
                 for i in range(depth)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .butterfly import square_radix
-from .layers import ButterflyFactor, ButterflyLinear
-from .wide_mixer import AxisMlp, FlatMlp, MixingLayer, Shuffle, SparseLinear
+from .layers import ButterflyFactor, ButterflyLinear, SparseLinear
+from .wide_mixer import AxisMlp, FlatMlp, MixingLayer, Shuffle
 
 DENSE_LIMIT = 2**24
 

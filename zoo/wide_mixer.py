@@ -20,16 +20,17 @@ Differs from the paper: linear biases, and the mean over tokens and a last Layer
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .data_cfg import base_cfg
-from .layers import Linear, Permute, TokenStem, random_order
+from .layers import Linear, Permute, SparseLinear, TokenStem, mlp_step, random_order
+from .layers.eager import is_hooked, is_idle, part
+from .layers.native import Norm
+from .layers.native_branches import CHANNELS, TOKENS, Blocks, Branch, by_kernel, in_a_row, residual
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants
@@ -37,90 +38,6 @@ from .trunk import Trunk, drop_path_rates
 from .widths import mean_connections
 
 ORDERS, MIXINGS = ("mlp_mixer", "s_mixer"), ("mixer", "rp", "sparse")
-
-
-def random_connections(inputs: int, outputs: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A uniformly random mask (outputs, inputs) with `count` ones, in compressed rows.
-
-    Returns:
-        `columns` (count,) int32, rising within each row, and `starts` (outputs + 1,) int32, where each row begins.
-
-    Raises:
-        ValueError: there are not so many places, or none is asked for.
-    """
-    if not 1 <= count <= inputs * outputs:
-        raise ValueError(f"{count} connections do not fit a {outputs} x {inputs} matrix")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("cpu"):  # a draw on the meta device would have no values
-        places = _distinct(inputs * outputs, count, generator)
-        starts = torch.searchsorted(places, torch.arange(outputs + 1) * inputs)
-        return (places % inputs).int(), starts.int()
-
-
-def _distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `total`, rising, in memory of the order of `count`."""
-    if 2 * count > total:
-        return torch.randperm(total, generator=generator)[:count].sort().values
-    places = torch.empty(0, dtype=torch.int64)
-    while len(places) < count:
-        more = torch.randint(total, (2 * (count - len(places)) + 16,), generator=generator)
-        places = torch.cat([places, more]).unique()
-    return places[torch.randperm(len(places), generator=generator)[:count]].sort().values
-
-
-class SparseLinear(nn.Module):
-    """A linear map with a frozen random mask: only its `connections` weights exist, with their places as indices.
-
-    Args:
-        in_features, out_features: of the map.
-        connections: weights, placed uniformly at random.
-        seed: of their places, which travel with the checkpoint.
-    """
-
-    if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
-        columns: Tensor
-        starts: Tensor
-
-    def __init__(
-        self, in_features: int, out_features: int, connections: int, seed: int = 0, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        columns, starts = random_connections(in_features, out_features, connections, seed)
-        self.register_buffer("columns", columns.to(device or torch.get_default_device()))
-        self.register_buffer("starts", starts.to(device or torch.get_default_device()))
-        bound = math.sqrt(out_features / connections)  # 1 / sqrt of the mean fan-in, as nn.Linear
-        # Two axes, because optimisers spare vectors from weight decay.
-        self.weight = nn.Parameter(torch.empty(1, connections, device=device, dtype=dtype).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features first: (in_features, rows) -> (out_features, rows), in the weights' dtype."""
-        # A bag is a row of the mask: the weighted sum of the features that it connects. Nothing of size connections *
-        # rows is ever made. Strided features would be read ten times slower.
-        y = F.embedding_bag(
-            self.columns,
-            x.to(self.weight.dtype).contiguous(),
-            self.starts,
-            norm_type=2.0,  # the default, but TorchScript after fx wants a float
-            mode="sum",
-            per_sample_weights=self.weight[0],
-            include_last_offset=True,
-        )
-        return y + self.bias.unsqueeze(1)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.weight.shape[1]} connections"
-
-
-def _embedding_bag_flops(features: torch.Size, columns: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Lets torch's counter see the work of a SparseLinear: a multiply-add per connection and image."""
-    return 2 * columns[0] * features[1]
-
-
-for _operator in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
-    if _operator not in flop_registry:  # torch refuses a second formula
-        register_flop_formula(_operator)(_embedding_bag_flops)
 
 
 class Shuffle(nn.Module):
@@ -151,6 +68,18 @@ class AxisMlp(nn.Module):
         else:
             x = self.mlp(x)
         return self.after(x)
+
+    @torch.jit.unused
+    def branch(self, norm: Norm | None) -> Branch | None:
+        """x + self(norm(x)) for `native_branches`, or None where a part has to be called."""
+        ends, mlp = (self.before, self.after), part(self, "mlp")
+        if any(type(end) is not nn.Identity or is_hooked(end) for end in ends) or is_hooked(mlp) or len(mlp) != 4:
+            return None
+        fc1, gelu, drop, fc2 = mlp
+        if type(gelu) is not nn.GELU or gelu.approximate != "none" or is_hooked(gelu):
+            return None
+        step = mlp_step(fc1, drop, fc2)
+        return None if step is None else Branch(TOKENS if self.tokens else CHANNELS, norm, [step])
 
 
 class FlatMlp(nn.Module):
@@ -191,7 +120,21 @@ class MixingLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S0, C) -> (B, S, C)."""
+        if not torch.jit.is_scripting():
+            y = by_kernel(x, self.branches)
+            if y is not None:
+                return y
         return self.skip(x) + self.drop_path(self.mix(self.norm(x)))
+
+    @torch.jit.unused
+    def branches(self) -> list[Branch]:
+        """The layer for `native_branches`; none where a part has to be called, or it mixes twice."""
+        skip, mix = part(self, "skip"), part(self, "mix")
+        if type(skip) is not nn.Identity or len(mix) != 1:
+            return []
+        if is_hooked(skip) or is_hooked(mix) or not is_idle(part(self, "drop_path")):
+            return []
+        return in_a_row(residual(part(self, "norm"), mix[0]))
 
 
 class _LayerFactory:
@@ -309,7 +252,7 @@ class WideMixer(Trunk):
         # An S-Mixer mixes both axes in one residual layer; its SW-MLP, like any other, has two for that.
         parts = ["tc"] * depth if order == "s_mixer" and mixing != "sparse" else ["t", "c"] * depth
         rates = drop_path_rates(drop_path_rate, len(parts))
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *[
                 factory.layer(part, tokens if i else patches, tokens, order == "mlp_mixer", rates[i])
                 for i, part in enumerate(parts)

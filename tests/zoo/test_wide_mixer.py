@@ -5,8 +5,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from dimmix.layers.sparse_linear import SparseLinear, random_connections
 from dimmix.profile import count_macs
-from dimmix.wide_mixer import SparseLinear, WideMixer, random_connections
+from dimmix.wide_mixer import WideMixer
 
 SMALL = {"img_size": 8, "patch_size": 4, "tokens": 6, "channels": 5, "num_classes": 3}
 

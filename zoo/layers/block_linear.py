@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import Level
-from . import native
+from . import native, native_branches
 from .eager import is_hooked, runs_eagerly
 from .permute import Permute, transpose_last
 from .pointwise import folds_into_pixels, to_pixels, to_rows
@@ -56,6 +56,7 @@ class BlockLinear(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, out_features, in_features, **dd))
+        self.register_parameter("bias", None)  # so that it is among the parameters, whatever it is set to
         self.bias = nn.Parameter(torch.empty(blocks, out_features, **dd)) if bias else None
         self.reset_parameters()
 
@@ -140,15 +141,10 @@ class FeatureMixer(nn.Module):
         return native.mix(x, steps, features_last) if steps else None
 
     @torch.jit.unused
-    def add_natively(self, x: Tensor, norm: nn.Module) -> Tensor | None:
-        """x + self(norm(x)), (..., n), by our kernels in one pass, or None where they do not apply."""
-        if not native.takes(x) or is_hooked(self):
-            return None
-        first, steps = native.norm_of(norm), self.steps()
-        if first is None or not steps:
-            return None
-        rows = x.flatten(0, -2).contiguous()
-        return native.mix(rows.t(), steps, True, first, rows).view(x.shape)
+    def branch(self, norm: native.Norm | None) -> native_branches.Branch | None:
+        """x + self(norm(x)) for `native_branches`, or None where a part has to be called."""
+        steps = self.steps()
+        return native_branches.Branch(native_branches.CHANNELS, norm, steps) if steps else None
 
     @torch.jit.unused
     def steps(self) -> list[native.Step]:

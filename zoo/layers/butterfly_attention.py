@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..butterfly import Level
 from . import native
-from .eager import is_hooked, is_idle, on_cpu_untraced
+from .eager import is_idle, on_cpu_untraced, part
+from .native_branches import ATTENTION, Branch
 from .permute import Permute
-from .pointwise import Linear, beats_a_product, by_kernel, is_plain, pointwise
+from .pointwise import Linear, beats_a_product, by_kernel, is_plain, pointwise, step_of
 
 SMALL_GROUP, SMALL_GROUP_BF16 = 64, 256
 """Up to so many tokens in a group, training on a CPU keeps the scores, and bfloat16 does so in inference too: the fused
@@ -75,17 +76,14 @@ class ButterflyAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     @torch.jit.unused
-    def add_natively(self, x: Tensor, norm: nn.Module) -> Tensor | None:
-        """x + self(norm(x)), (B, N, C), by our kernels in three passes, or None where they do not apply."""
-        if not native.takes(x) or is_hooked(self) or not is_idle(self.proj_drop):
+    def branch(self, norm: native.Norm | None) -> Branch | None:
+        """x + self(norm(x)) for `native_branches`, or None where a part has to be called."""
+        if self.permute is not None or self.radix > native.LONGEST or not is_idle(part(self, "proj_drop")):
             return None
-        if self.permute is not None or self.radix > native.LONGEST or not (is_plain(self.qkv) and is_plain(self.proj)):
+        first, last = step_of(part(self, "qkv")), step_of(part(self, "proj"))
+        if first is None or last is None:
             return None
-        first, rows = native.norm_of(norm), x.flatten(0, 1).contiguous()
-        y = None if first is None else by_kernel(self.qkv, rows, first)
-        if y is not None:
-            y = by_kernel(self.proj, self.attend(*y.chunk(3, -1)), None, rows)
-        return None if y is None else y.view(x.shape)
+        return Branch(ATTENTION, norm, (first, last), (self.radix, self.level[2], self.num_heads))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""

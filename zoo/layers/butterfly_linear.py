@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..butterfly import ButterflySchedule
 from .block_linear import BlockLinear, FeatureMixer, LevelView
-from .eager import is_hooked, part
+from .eager import is_hooked, parameter, part
 from .native import Step, steps_of
 
 
@@ -39,7 +39,8 @@ class ButterflyFactor(nn.Module):
         view, linear = part(self, "view"), part(self, "linear")
         if view.permute is not None or is_hooked(self) or type(linear) is not BlockLinear or is_hooked(linear):
             return None
-        return Step(view.groups, view.stride, self.in_block, self.out_block, linear.weight, linear.bias)
+        weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
+        return Step(view.groups, view.stride, self.in_block, self.out_block, weight, bias)
 
 
 class ButterflyLinear(FeatureMixer):

@@ -5,12 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..butterfly import ButterflySchedule
-from . import native
 from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
-from .eager import is_hooked, is_idle, part
+from .eager import is_hooked, is_idle, parameter, part
 from .native import Step, steps_of
-from .pointwise import Linear, is_plain
+from .pointwise import Linear, is_plain, step_of
+
+
+def mlp_step(fc1: nn.Module, drop: nn.Module, fc2: nn.Module) -> Step | None:
+    """Two Linears with a GELU and a dropout between them as one level, or None where one of them has to be called."""
+    first, second = step_of(fc1), step_of(fc2)
+    if first is None or second is None or not is_idle(drop):
+        return None
+    weights = (first.weight, first.bias, first.outer, second.weight, second.bias)
+    return Step(1, 1, first.inner, second.outer, *weights) if first.outer == second.inner else None
 
 
 class DenseMlp(FeatureMixer):
@@ -26,14 +34,8 @@ class DenseMlp(FeatureMixer):
     @torch.jit.unused
     def steps(self) -> list[Step]:
         """One block of all features."""
-        fc1, fc2, drop = (part(self, name) for name in ("fc1", "fc2", "drop"))
-        if not (is_plain(fc1) and is_plain(fc2) and is_idle(drop)):
-            return []
-        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        if not all(map(native.is_plain, weights)):
-            return []
-        hidden, n = weights[0].shape
-        return [Step(1, 1, n, n, weights[0], weights[1], hidden, weights[2], weights[3])]
+        step = mlp_step(part(self, "fc1"), part(self, "drop"), part(self, "fc2"))
+        return [] if step is None else [step]
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
@@ -128,14 +130,16 @@ class BlockMlp(nn.Module):
     @torch.jit.unused
     def step(self) -> Step | None:
         """The level for `native.mix`, or None where something of it has to be called."""
-        view, fc1, fc2, drop = (part(self, name) for name in ("view", "fc1", "fc2", "drop"))
+        view, fc1, fc2, drop = part(self, "view"), part(self, "fc1"), part(self, "fc2"), part(self, "drop")
         if view.permute is not None or is_hooked(self) or not is_idle(drop):
             return None
         if type(fc1) is not BlockLinear or is_hooked(fc1) or type(fc2) is not BlockLinear or is_hooked(fc2):
             return None
-        radix, weight = self.radix, fc1.weight
-        first = (view.groups, view.stride, radix, radix, weight, fc1.bias, weight.shape[1])
-        return Step(*first, fc2.weight, fc2.bias, self.residual)
+        radix, weight, weight2 = self.radix, parameter(fc1, "weight"), parameter(fc2, "weight")
+        if weight is None or weight2 is None:
+            return None
+        first = (view.groups, view.stride, radix, radix, weight, parameter(fc1, "bias"), weight.shape[1])
+        return Step(*first, weight2, parameter(fc2, "bias"), self.residual)
 
     @torch.jit.unused
     def forward_pixels(self, x: Tensor) -> Tensor:

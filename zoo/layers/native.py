@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import infers_on_cpu, is_hooked
+from .eager import infers_on_cpu, is_hooked, parameter
 
 _native: Any = None
 with suppress(ImportError):  # no compiler, or another system
@@ -92,9 +92,11 @@ def takes(x: Tensor) -> bool:
 def steps_of(parts: nn.Module) -> list[Step]:
     """What `step()` of each child gives; none at all where one of them gives None, or weights that are not plain."""
     steps = []
-    for part in parts.children():
-        step: Step | None = part.step() if hasattr(part, "step") else None  # type: ignore[operator]
-        if step is None or not all(map(is_plain, (step.weight, step.bias, step.weight2, step.bias2))):
+    for part in parts._modules.values():
+        step: Step | None = part.step() if hasattr(part, "step") else None  # type: ignore[operator,union-attr]
+        if step is None or step.weight is None or not (is_plain(step.weight) and is_plain(step.bias)):
+            return []
+        if not (is_plain(step.weight2) and is_plain(step.bias2)):
             return []
         steps.append(step)
     return steps
@@ -112,52 +114,25 @@ def norm_of(module: nn.Module) -> Norm | None:
     """A LayerNorm over the last axis as the kernels read it, or None where it is another one or has to be called."""
     if type(module) is not nn.LayerNorm or is_hooked(module) or len(module.normalized_shape) != 1:
         return None
-    weight, bias = module.weight, module.bias
+    weight, bias = parameter(module, "weight"), parameter(module, "bias")
     if weight is None or bias is None or not is_plain(weight) or not is_plain(bias):
         return None
     return Norm(weight, bias, module.eps)
 
 
-def mix(
-    x: Tensor, steps: Sequence[Step], features_last: bool, norm: Norm | None = None, plus: Tensor | None = None
-) -> Tensor:
+def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
     """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features).
 
-    `norm` comes before the steps, and `plus`, of the result's shape, is added to them.
-
     Raises:
-        ValueError: `x` or the norm has another number of features than the first step, or `plus` another shape.
+        ValueError: `x` has another number of features than the first step.
     """
-    features, last = _features(steps), steps[-1]
-    if x.shape[0] != features or (norm is not None and len(norm.weight) != features):
+    features = steps[0].groups * steps[0].stride * steps[0].inner
+    if x.shape[0] != features:
         raise ValueError(f"{features} features expected, the input has {x.shape[0]}")
-    shape = (last.groups * last.stride * last.outer, x.shape[1])
-    if plus is not None and tuple(plus.shape) != (shape[::-1] if features_last else shape):
-        raise ValueError(f"what is to be added has shape {tuple(plus.shape)}, the result {shape}")
-    weights, shapes = _lists(steps)
-    gamma, beta, epsilon = norm or (None, None, 0.0)
-    return _mix_operator(x, weights, shapes, features_last, gamma, beta, epsilon, plus)
+    return _mix_operator(x, *lists_of(steps), features_last)
 
 
-def mix_patches(x: Tensor, side: int, stride: int, steps: Sequence[Step], norm: Norm) -> Tensor:
-    """Images (B, C, H, W), to which the steps of the norm of each of their patches are added: (B, C, H, W), contiguous.
-
-    Patches are those of `PatchFold(C, (H, W), side, stride)`, and the steps give as many features as they take.
-
-    Raises:
-        ValueError: the steps or the norm have another number of features than a patch has values.
-    """
-    values = x.shape[1] * side**2
-    if _features(steps) != values or len(norm.weight) != values:
-        raise ValueError(f"a patch has {values} values, the steps take {_features(steps)}, the norm {len(norm.weight)}")
-    return _mix_patches_operator(x, side, stride, *_lists(steps), *norm)
-
-
-def _features(steps: Sequence[Step]) -> int:
-    return steps[0].groups * steps[0].stride * steps[0].inner
-
-
-def _lists(steps: Sequence[Step]) -> tuple[list[Tensor | None], list[int]]:
+def lists_of(steps: Sequence[Step]) -> tuple[list[Tensor | None], list[int]]:
     """Tensors and numbers of steps as the operators take them."""
     weights: list[Tensor | None] = []
     shapes: list[int] = []
@@ -174,17 +149,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int)
 
 _NUMBERS = 7  # of a step, beside its four tensors
 LIBRARY = torch.library.Library("dimmix", "DEF")
-LIBRARY.define(
-    "mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last, Tensor? gamma, Tensor? beta, float epsilon, "
-    "Tensor? plus) -> Tensor"
-)
-LIBRARY.define(
-    "mix_patches(Tensor x, int side, int stride, Tensor?[] weights, int[] shapes, Tensor gamma, Tensor beta, "
-    "float epsilon) -> Tensor"
-)
+LIBRARY.define("mix(Tensor x, Tensor?[] weights, int[] shapes, bool features_last) -> Tensor")
 LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, int radix, int stride, int heads) -> Tensor")
 _mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix.attend.default
-_mix_patches_operator = torch.ops.dimmix.mix_patches.default
 
 
 def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
@@ -193,48 +160,17 @@ def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
     return x.new_empty((rows, features) if features_last else (features, rows))
 
 
-def _mix(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    shapes: Sequence[int],
-    features_last: bool,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    epsilon: float,
-    plus: Tensor | None,
-) -> Tensor:
+def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
     if 1 not in x.stride():
         x = x.contiguous()
     y = _empty(x, shapes, features_last)
     strides = (1, y.shape[1]) if features_last else (y.shape[1], 1)
-    plus = None if plus is None else plus.contiguous()
-    _native.mix(
-        x.data_ptr(), *x.stride(), y.data_ptr(), *strides, x.shape[1], shapes, _addresses(weights),
-        *_addresses((gamma, beta)), epsilon, *_addresses((plus,)),
-    )  # fmt: skip
+    _native.mix(x.data_ptr(), *x.stride(), y.data_ptr(), *strides, x.shape[1], shapes, addresses(weights))
     return y
 
 
-def _mix_patches(
-    x: Tensor,
-    side: int,
-    stride: int,
-    weights: Sequence[Tensor | None],
-    shapes: Sequence[int],
-    gamma: Tensor,
-    beta: Tensor,
-    epsilon: float,
-) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _native.mix_patches(
-        x.data_ptr(), y.data_ptr(), *x.shape, side, stride, shapes, _addresses(weights), *_addresses((gamma, beta)),
-        epsilon,
-    )  # fmt: skip
-    return y
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where tensors lie in memory, 0 for None."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
@@ -251,18 +187,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int
 
 
 LIBRARY.impl("mix", _mix, "CPU")
-LIBRARY.impl("mix_patches", _mix_patches, "CPU")
 LIBRARY.impl("attend", _attend, "CPU")
 
 
 @torch.library.register_fake("dimmix::mix", lib=LIBRARY)
-def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool, *_) -> Tensor:
+def _fake_mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
     return _empty(x, shapes, features_last)
-
-
-@torch.library.register_fake("dimmix::mix_patches", lib=LIBRARY)
-def _fake_mix_patches(x: Tensor, *_) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("dimmix::attend", lib=LIBRARY)
@@ -273,17 +203,11 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads
 @register_flop_formula(torch.ops.dimmix.mix)
 def _mix_flops(x_shape, weights_shape, *_, out_shape=None, **kwargs) -> int:
     """Each weight of a matrix is multiplied and added once a row; of a step's four tensors the second are biases."""
-    return 2 * x_shape[1] * _weights(weights_shape)
+    return 2 * x_shape[1] * count_weights(weights_shape)
 
 
-@register_flop_formula(torch.ops.dimmix.mix_patches)
-def _mix_patches_flops(x_shape, side, stride, weights_shape, *_, out_shape=None, **kwargs) -> int:
-    """The same for each patch."""
-    images, _, height, width = x_shape
-    return 2 * images * (height // side) * (width // side) * _weights(weights_shape)
-
-
-def _weights(weights_shape) -> int:
+def count_weights(weights_shape: Sequence[Sequence[int] | None]) -> int:
+    """Numbers in the matrices of steps."""
     return sum(math.prod(shape) for shape in weights_shape[::2] if shape is not None)
 
 

@@ -1,11 +1,6 @@
 """Images to patches and back, without overlap and without padding: views and one copy each way."""
 
-import torch
 from torch import Tensor, nn
-
-from . import native
-from .block_linear import FeatureMixer
-from .eager import is_hooked
 
 
 class PatchFold(nn.Module):
@@ -46,16 +41,6 @@ class PatchFold(nn.Module):
         x = x.reshape(-1, self.rows, s, self.columns, s, self.channels, p, p)
         x = x.permute(0, 5, 1, 6, 2, 3, 7, 4)
         return x.reshape(-1, self.channels, self.rows * p * s, self.columns * p * s)
-
-    @torch.jit.unused
-    def add_natively(self, x: Tensor, norm: nn.Module, mixer: nn.Module) -> Tensor | None:
-        """x + self.fold(mixer(norm(self.unfold(x)))) by our kernels, no patch copied; None where they do not apply."""
-        if not native.takes(x) or not isinstance(mixer, FeatureMixer) or is_hooked(self) or is_hooked(mixer):
-            return None
-        first, steps = native.norm_of(norm), mixer.steps()
-        if first is None or not steps:
-            return None
-        return native.mix_patches(x, self.patch_size, self.stride, steps, first)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns} patches of {self.patch_size}x{self.patch_size}, {self.channels} channels"

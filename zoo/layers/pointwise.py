@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import native
-from .eager import is_hooked, runs_eagerly
+from .eager import is_hooked, parameter, runs_eagerly
 
 SIDE = 4
 FEWEST_ROWS = 256
@@ -57,17 +57,25 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 @torch.jit.unused
-def by_kernel(
-    linear: nn.Linear, x: Tensor, norm: native.Norm | None = None, plus: Tensor | None = None
-) -> Tensor | None:
-    """linear(norm(x)) + plus, (..., out_features), contiguous, by our own kernel, or None where it does not apply."""
-    weight, bias = linear.weight, linear.bias
-    if not native.takes(x) or not native.is_plain(weight) or not native.is_plain(bias):
+def step_of(linear: nn.Module) -> native.Step | None:
+    """A Linear for `native.mix`, or None where it has to be called."""
+    return _step(parameter(linear, "weight"), parameter(linear, "bias")) if is_plain(linear) else None
+
+
+@torch.jit.unused
+def _step(weight: Tensor | None, bias: Tensor | None) -> native.Step | None:
+    if weight is None or not native.is_plain(weight) or not native.is_plain(bias):
         return None
-    out_features, in_features = weight.shape
-    step = native.Step(1, 1, in_features, out_features, weight, bias)
-    y = native.mix(x.reshape(-1, x.shape[-1]).t(), [step], True, norm, plus)
-    return y.view(*x.shape[:-1], out_features)
+    return native.Step(1, 1, weight.shape[1], weight.shape[0], weight, bias)
+
+
+@torch.jit.unused
+def by_kernel(linear: nn.Linear, x: Tensor) -> Tensor | None:
+    """What `linear.forward` gives, by our own kernel, or None where it does not apply."""
+    step = _step(linear.weight, linear.bias) if native.takes(x) else None
+    if step is None:
+        return None
+    return native.mix(x.reshape(-1, x.shape[-1]).t(), [step], True).view(*x.shape[:-1], step.outer)
 
 
 class Linear(nn.Linear):

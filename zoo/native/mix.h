@@ -70,30 +70,6 @@ static void add(float *y, const float *plus, long count, long length, long pitch
     }
 }
 
-// Where the first value of each of a tile's patches lies in the images, from row `row` on; beyond the last one as the first.
-static void patch_places(const Patches &p, long row, long rows, long *places) {
-    const long span = p.side * p.stride, across = p.width / span, an_image = p.height / p.side * across * p.stride;
-    for (long k = 0; k < TILE; k++) {
-        long patch = row + (k < rows ? k : 0);
-        const long image = patch / an_image;
-        patch %= an_image;
-        const long column = patch / p.stride % across * span + patch % p.stride;
-        patch /= across * p.stride;
-        const long line = patch / p.stride * span + patch % p.stride;
-        places[k] = (image * p.channels * p.height + line) * p.width + column;
-    }
-}
-
-// work(feature, offset) for each value of a patch, by channel, line and column.
-template <class Work>
-INLINE void patch_values(const Patches &p, const Work &work) {
-    long feature = 0;
-    for (long c = 0; c < p.channels; c++)
-        for (long i = 0; i < p.side; i++)
-            for (long j = 0; j < p.side; j++)
-                work(feature++, (c * p.height + i * p.stride) * p.width + j * p.stride);
-}
-
 // Asks for what is at TILE rows of features that a block will read or write, `step` apart, where the processor does not
 // see it coming: in rows far apart, or in features of which each lies in a page of memory of its own. (Inline: a function
 // that does no more than this has no effect in the compiler's eyes, and is left out.)
@@ -136,46 +112,47 @@ static void level(const Level &l, View x, View y, float *packed, float *hidden) 
     }
 }
 
-// All levels on the rows from `tile * TILE` on.
-static void mix(const Mix &m, long tile, float *memory) {
-    const long row = tile * TILE, rows = m.rows - row < TILE ? m.rows - row : TILE;
-    float *packed = memory, *hidden = packed + m.packed * TILE;
-    float *here = hidden + m.hidden * TILE, *there = here + m.widest * TILE;
-    const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
-    const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
-    const bool patches = m.patches.side;
-    long places[TILE];
-    // Rows side by side are read and written where they lie. Rows far apart are turned block by block as a first level of
-    // neighbours takes them, else all at once, and go back at once.
-    const bool whole = rows == TILE && !patches, writes = whole && out.row == 1;
-    const bool reads = whole && !m.gamma && (in.row == 1 || m.levels[0].stride == 1);
-    if (patches) {
-        patch_places(m.patches, row, rows, places);
-        patch_values(m.patches, [&](long f, long offset) {
-            for (long k = 0; k < TILE; k++) here[f * TILE + k] = m.x[places[k] + offset];
-        });
-    } else if (!reads) {
-        gather(in, m.in, 1, rows, here);
+// Where a thread works on a tile.
+struct Tile {
+    float *packed, *hidden, *here, *there;
+    Tile(const Mix &m, float *memory) {
+        packed = memory, hidden = packed + m.packed * TILE;
+        here = hidden + m.hidden * TILE, there = here + m.widest * TILE;
     }
-    if (m.gamma) normalize(here, m.in, m.gamma, m.beta, m.epsilon);
-    View x = reads ? in : View{here, TILE, 1};
+};
+
+// All levels of x, which is rows where they lie or the tile `here`. Returns where the result is: at `out`, if it is not
+// null and the last level may write there, else on the tile.
+static View levels(const Mix &m, View x, const View *out, Tile tile) {
     for (long i = 0; i < m.count; i++) {
         const Level &l = m.levels[i];
-        View y = {here, TILE, 1};
-        if (writes && i == m.count - 1 && !l.activate)
-            y = out;
-        else if (x.data == here && l.inner != l.outer)
-            y.data = there;
-        level(l, x, y, packed, hidden);
+        View y = {tile.here, TILE, 1};
+        if (out && i == m.count - 1 && !l.activate)
+            y = *out;
+        else if (x.data == tile.here && l.inner != l.outer)
+            y.data = tile.there;
+        level(l, x, y, tile.packed, tile.hidden);
         if (l.activate) activate(y.data, 2 * l.groups * l.stride * l.outer);
-        if (y.data == there) there = here, here = y.data;
+        if (y.data == tile.there) tile.there = tile.here, tile.here = y.data;
         x = y;
     }
-    if (patches)
-        return patch_values(m.patches, [&](long f, long offset) {
-            for (long k = 0; k < rows; k++) m.y[places[k] + offset] = m.x[places[k] + offset] + here[f * TILE + k];
-        });
-    if (x.data == here) scatter(here, m.out, rows, out);
+    return x;
+}
+
+// All levels on the rows from `part * TILE` on.
+static void mix(const Mix &m, long part, float *memory) {
+    const long row = part * TILE, rows = m.rows - row < TILE ? m.rows - row : TILE;
+    const Tile tile(m, memory);
+    const View in = {(float *)m.x + row * m.x_row, m.x_feature, m.x_row};
+    const View out = {m.y + row * m.y_row, m.y_feature, m.y_row};
+    // Rows side by side are read and written where they lie. Rows far apart are turned block by block as a first level
+    // of neighbours takes them, else all at once, and go back at once.
+    const bool whole = rows == TILE, reads = whole && !m.gamma && (in.row == 1 || m.levels[0].stride == 1);
+    if (!reads) gather(in, m.in, 1, rows, tile.here);
+    if (m.gamma) normalize(tile.here, m.in, m.gamma, m.beta, m.epsilon);
+    const View x = reads ? in : View{tile.here, TILE, 1};
+    const View result = levels(m, x, whole && out.row == 1 ? &out : nullptr, tile);
+    if (result.data != out.data) scatter(result.data, m.out, rows, out);
     if (m.plus) {
         const float *plus = m.plus + row * m.y_row;
         if (out.row == 1)

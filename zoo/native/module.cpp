@@ -1,5 +1,5 @@
-// dimmix._native: mixing layers on x86-64, where AVX2 or AVX-512 is. Python calls it with addresses; layers/native.py
-// and native_stage.py are the only callers and have checked shapes, types and strides.
+// dimmix._native: mixing layers on x86-64, where AVX2 or AVX-512 is. Python calls it with addresses; layers/native.py,
+// native_branches.py and native_stage.py are the only callers and have checked shapes, types and strides.
 
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
@@ -8,104 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// One level over groups * inner * stride features; see ButterflySchedule. With `hidden`, each block is an MLP.
-struct Level {
-    long groups, stride, inner, outer, hidden, residual, activate;
-    const float *weight, *bias, *weight2, *bias2;
-};
-
-// Images (channels, height, width) whose square patches are the rows of a Mix: `side` pixels a side, `stride` apart. With
-// side 0 its rows are rows. The result is images too, and x is added to it.
-struct Patches {
-    long channels, height, width, side, stride;
-};
-
-// With `gamma` a LayerNorm over the features of x comes first; `plus` has the strides of y, and is added at the end.
-struct Mix {
-    const float *x, *plus, *gamma, *beta;
-    float *y, epsilon;
-    long x_feature, x_row, y_feature, y_row;  // strides in floats
-    long rows, in, out, widest, packed, hidden;  // features of x, of y; most of them in a tile, a block, a block's MLP
-    long count;
-    const Level *levels;
-    Patches patches;
-};
-
-// q, k and v are (tokens, pitch), their first heads * head_dim columns; out is (tokens, heads * head_dim).
-struct Attend {
-    const float *q, *k, *v;
-    float *out;
-    long tokens, radix, stride, heads, head_dim, pitch;
-    float scale;
-};
-
-// How far the pixels lie that a weight meets, and which of them are beside the row: 0 there, else -1.
-struct Tap {
-    long offset;
-    const int *mask;
-};
-
-// A grouped convolution, `width` channels in a group of its input, and the BatchNorm after it, if `gamma` is there.
-// The weights of a channel lie tap by tap if `taps_first`, else channel by channel.
-struct Convolution {
-    long out, width, groups, taps_first, kernel;
-    const float *weight, *bias, *gamma, *beta, *mean, *variance;
-    float epsilon;
-    Tap taps[9];  // these and the next are filled in by the kernels
-    const int *planes, *places;
-    const float *scale, *shift;
-};
-
-// A residual block: first and second 3x3, shortcut 1x1 or, without weight, nothing; stride 1 or 2. Without a second one
-// it is the first and its ReLU alone. The turns are the permutations of channels before the first and (backwards) after
-// the last, and between the two, each a transpose of (outer, middle, inner).
-struct Block {
-    long stride, turn[3], turn_middle[3];
-    Convolution first, second, shortcut;
-};
-
-// x has strides in floats; y is (images, rows, columns, channels), contiguous.
-struct Stage {
-    const float *x;
-    float *y;
-    long x_image, x_channel, x_row, x_column;
-    long images, channels, height, width, count;
-    Block *blocks;
-};
-
-// Memory of a thread's own, kept from call to call.
-class Scratch {
-    float *memory = nullptr;
-    long floats = 0;
-
-  public:
-    float *get(long wanted) {
-        if (wanted > floats) {
-            free(memory);
-            floats = posix_memalign((void **)&memory, 64, 4 * wanted) ? 0 : wanted;
-            if (!floats) memory = nullptr;
-        }
-        return memory;
-    }
-    ~Scratch() { free(memory); }
-};
-
-static thread_local Scratch scratch, plans;
-
-// What an instruction set has.
-struct Kernels {
-    const char *name;
-    long tile;  // rows
-    long (*mix_memory)(const Mix &);
-    void (*mix)(const Mix &, long tile, float *memory);
-    long (*attend_memory)(const Attend &);
-    void (*attend)(const Attend &, long task, float *memory);
-    long (*stage_plan_memory)(const Stage &);
-    void (*stage_plan)(const Stage &, float *memory);  // before the next two, once for all images
-    long (*stage_memory)(const Stage &);
-    void (*stage)(const Stage &, long image, float *memory);
-    void (*stage_together)(const Stage &, long image, float *memory);
-};
+#include "types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -179,44 +82,69 @@ static PyObject *answer(bool enough) {
     return Py_None;
 }
 
-const int most_levels = 32;
+// What Python gives of levels: of each the 7 numbers and the 4 addresses of `Level`, in two lists.
+struct Given {
+    PyObject *shapes, *pointers;
+    long first;  // of the levels in the lists that have not been read
+};
 
-// The levels of a Mix from Python's lists, of each the 7 numbers and the 4 addresses of `Level`, and what follows from
-// them; false with an error of Python's where they make no sense.
-static bool read_levels(PyObject *shapes, PyObject *pointers, Level *levels, Mix &m) {
+// The next `count` levels of a Mix, and what follows from them; false with an error where they make no sense.
+static bool read_levels(Given &given, long count, Level *levels, Mix &m) {
     const int numbers = 7, addresses = 4;
-    m.count = PyList_Size(shapes) / numbers;
-    if (!kernels || m.count < 1 || m.count > most_levels || PyList_Size(pointers) != m.count * addresses) {
-        PyErr_SetString(PyExc_ValueError, "mix: no kernels here, or not 1 to 32 levels");
+    const long end = given.first + count;
+    const bool enough = PyList_Size(given.shapes) >= end * numbers && PyList_Size(given.pointers) >= end * addresses;
+    if (!kernels || count < 0 || !enough) {
+        PyErr_SetString(PyExc_ValueError, "no kernels here, or too few levels");
         return false;
     }
-    for (long i = 0; i < m.count; i++) {
+    for (long i = 0; i < count; i++) {
+        const long at = given.first + i;
         for (int k = 0; k < numbers; k++)
-            (&levels[i].groups)[k] = PyLong_AsLong(PyList_GetItem(shapes, i * numbers + k));
+            (&levels[i].groups)[k] = PyLong_AsLong(PyList_GetItem(given.shapes, at * numbers + k));
         for (int k = 0; k < addresses; k++)
-            (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(pointers, i * addresses + k));
+            (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(given.pointers, at * addresses + k));
     }
     if (PyErr_Occurred()) return false;
-    for (long i = 1; i < m.count; i++)
+    given.first = end;
+    for (long i = 1; i < count; i++)
         if (levels[i].groups * levels[i].stride * levels[i].inner !=
             levels[i - 1].groups * levels[i - 1].stride * levels[i - 1].outer) {
-            PyErr_SetString(PyExc_ValueError, "mix: a level takes other features than it is given");
+            PyErr_SetString(PyExc_ValueError, "a level takes other features than it is given");
             return false;
         }
     const auto raise_to = [](long &most, long value) { most = value > most ? value : most; };
-    for (long i = 0; i < m.count; i++) {
+    for (long i = 0; i < count; i++) {
         const Level &l = levels[i];
         raise_to(m.packed, l.inner);
         raise_to(m.hidden, l.hidden);
         raise_to(m.widest, l.groups * l.stride * (l.inner > l.outer ? l.inner : l.outer));
     }
-    m.in = levels[0].groups * levels[0].stride * levels[0].inner;
-    m.out = levels[m.count - 1].groups * levels[m.count - 1].stride * levels[m.count - 1].outer;
+    m.count = count;
     m.levels = levels;
+    if (!count) return true;
+    m.in = levels[0].groups * levels[0].stride * levels[0].inner;
+    m.out = levels[count - 1].groups * levels[count - 1].stride * levels[count - 1].outer;
     return true;
 }
 
-static PyObject *run_mix(const Mix &m) {
+// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers): the lists are those of `Given`.
+static PyObject *py_mix(PyObject *, PyObject *args) {
+    const long most = 32;
+    Mix m = {};
+    Level levels[most];
+    Given given = {};
+    unsigned long long x, y;
+    if (!PyArg_ParseTuple(
+            args, "KllKlllO!O!", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type,
+            &given.shapes, &PyList_Type, &given.pointers))
+        return nullptr;
+    const long count = PyList_Size(given.pointers) / 4;
+    if (count < 1 || count > most) {
+        PyErr_SetString(PyExc_ValueError, "mix: 1 to 32 levels");
+        return nullptr;
+    }
+    if (!read_levels(given, count, levels, m)) return nullptr;
+    m.x = (const float *)x, m.y = (float *)y;
     bool enough;
     Py_BEGIN_ALLOW_THREADS;
     enough = run((m.rows + kernels->tile - 1) / kernels->tile, kernels->mix_memory(m), [&](long tile, float *memory) {
@@ -224,48 +152,6 @@ static PyObject *run_mix(const Mix &m) {
     });
     Py_END_ALLOW_THREADS;
     return answer(enough);
-}
-
-// mix(x, x_feature, x_row, y, y_feature, y_row, rows, shapes, pointers, gamma, beta, epsilon, plus): shapes and pointers
-// as `read_levels` takes them; the last addresses may be 0.
-static PyObject *py_mix(PyObject *, PyObject *args) {
-    Mix m = {};
-    Level levels[most_levels];
-    unsigned long long x, y, gamma, beta, plus;
-    PyObject *shapes, *pointers;
-    if (!PyArg_ParseTuple(
-            args, "KllKlllO!O!KKfK", &x, &m.x_feature, &m.x_row, &y, &m.y_feature, &m.y_row, &m.rows, &PyList_Type,
-            &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon, &plus) ||
-        !read_levels(shapes, pointers, levels, m))
-        return nullptr;
-    m.x = (const float *)x, m.y = (float *)y;
-    m.gamma = (const float *)gamma, m.beta = (const float *)beta, m.plus = (const float *)plus;
-    return run_mix(m);
-}
-
-// mix_patches(x, y, images, channels, height, width, side, stride, shapes, pointers, gamma, beta, epsilon): x and y are
-// contiguous, the rest as for `mix`.
-static PyObject *py_mix_patches(PyObject *, PyObject *args) {
-    Mix m = {};
-    Level levels[most_levels];
-    unsigned long long x, y, gamma, beta;
-    long images;
-    Patches &p = m.patches;
-    PyObject *shapes, *pointers;
-    if (!PyArg_ParseTuple(
-            args, "KKllllllO!O!KKf", &x, &y, &images, &p.channels, &p.height, &p.width, &p.side, &p.stride,
-            &PyList_Type, &shapes, &PyList_Type, &pointers, &gamma, &beta, &m.epsilon) ||
-        !read_levels(shapes, pointers, levels, m))
-        return nullptr;
-    const long span = p.side * p.stride;
-    if (span < 1 || p.height % span || p.width % span || m.in != p.channels * p.side * p.side || m.out != m.in) {
-        PyErr_SetString(PyExc_ValueError, "mix_patches: patches that do not fit the image or the levels");
-        return nullptr;
-    }
-    m.rows = images * (p.height / p.side) * (p.width / p.side);
-    m.x = (const float *)x, m.y = (float *)y;
-    m.gamma = (const float *)gamma, m.beta = (const float *)beta;
-    return run_mix(m);
 }
 
 // attend(q, k, v, out, tokens, radix, stride, heads, head_dim, pitch)
@@ -288,6 +174,97 @@ static PyObject *py_attend(PyObject *, PyObject *args) {
     });
     Py_END_ALLOW_THREADS;
     return answer(enough);
+}
+
+// Of a branch: kind, levels, and radix, stride and heads of an attention, or side, stride and number of patches.
+const int branch_numbers = 5;
+
+// A branch from Python's lists: of each branch the numbers, two addresses of its norm or 0, and an epsilon. False with an
+// error where it does not fit the images.
+static bool read_branch(
+    long i, const Branches &all, long height, PyObject *kinds, PyObject *norms, PyObject *epsilons, Given &given,
+    Level *levels, Branch &b) {
+    long number[branch_numbers];
+    for (int k = 0; k < branch_numbers; k++) number[k] = PyLong_AsLong(PyList_GetItem(kinds, i * branch_numbers + k));
+    const long count = number[1], N = all.tokens, C = all.channels;
+    Mix &m = b.mix;
+    b.kind = number[0];
+    m.in = m.out = m.widest = C;
+    m.gamma = (const float *)PyLong_AsVoidPtr(PyList_GetItem(norms, 2 * i));
+    m.beta = (const float *)PyLong_AsVoidPtr(PyList_GetItem(norms, 2 * i + 1));
+    m.epsilon = (float)PyFloat_AsDouble(PyList_GetItem(epsilons, i));
+    if (PyErr_Occurred()) return false;
+    bool fits = false;
+    if (b.kind == ATTENTION) {
+        Attend &a = b.attend;
+        a.radix = number[2], a.stride = number[3], a.heads = number[4];
+        fits = count == 2 && a.radix > 0 && a.stride > 0 && a.heads > 0;
+        fits = fits && N % (a.radix * a.stride) == 0 && C % a.heads == 0;
+        if (!read_levels(given, 1, levels, m) || !read_levels(given, 1, levels + 1, b.projection)) return false;
+        fits = fits && m.in == C && m.out == 3 * C && b.projection.in == C && b.projection.out == C;
+        a.head_dim = fits ? C / a.heads : 1;
+        a.pitch = 3 * C, a.scale = 1 / sqrtf((float)a.head_dim);
+    } else {
+        if (!read_levels(given, count, levels, m)) return false;
+        const long side = number[2], span = side * number[3], width = N / height;
+        if (b.kind == PATCHES) {
+            b.patches = {C, height, width, side, number[3]};
+            fits = count && side > 0 && span > 0 && height % span == 0 && width % span == 0 && m.in == C * side * side &&
+                   number[4] == N / (side * side);
+        } else {
+            fits = b.kind == TOKENS ? count && m.in == N : b.kind == CHANNELS && m.in == C && (count || m.gamma);
+        }
+        fits = fits && m.in == m.out;
+    }
+    if (!fits) PyErr_SetString(PyExc_ValueError, "a branch does not fit the images");
+    return fits;
+}
+
+static bool run_branches(const Branches &all, long threads) {
+    const long images = all.images, an_image = kernels->branches_image(all), memory = kernels->branches_memory(all);
+    if (images < threads) {
+        float *buffers = plans.get(images * an_image);
+        return buffers && kernels->branches_together(all, buffers);
+    }
+    const long chunk = kernels->branches_chunk(all, threads);
+    return run((images + chunk - 1) / chunk, chunk * an_image + memory, [&](long part, float *own) {
+        const long first = part * chunk, left = images - first;
+        kernels->branches(all, first, left < chunk ? left : chunk, own);
+    });
+}
+
+// branches(x, y, images, tokens, channels, height, threads, kinds, shapes, pointers, norms, epsilons): see `Given` and
+// `read_branch`.
+static PyObject *py_branches(PyObject *, PyObject *args) {
+    Branches all = {};
+    Given given = {};
+    unsigned long long x, y;
+    long height, threads;
+    PyObject *kinds, *norms, *epsilons;
+    if (!PyArg_ParseTuple(
+            args, "KKlllllO!O!O!O!O!", &x, &y, &all.images, &all.tokens, &all.channels, &height, &threads, &PyList_Type,
+            &kinds, &PyList_Type, &given.shapes, &PyList_Type, &given.pointers, &PyList_Type, &norms, &PyList_Type,
+            &epsilons))
+        return nullptr;
+    all.x = (const float *)x, all.y = (float *)y, all.count = PyList_Size(kinds) / branch_numbers;
+    if (all.count < 1 || PyList_Size(norms) != 2 * all.count || PyList_Size(epsilons) != all.count) {
+        PyErr_SetString(PyExc_ValueError, "branches: lists of different lengths");
+        return nullptr;
+    }
+    Branch *branches = (Branch *)calloc(all.count, sizeof(Branch));
+    Level *levels = (Level *)calloc(PyList_Size(given.pointers) / 4 + 1, sizeof(Level));
+    bool fits = branches && levels, enough = false;
+    for (long i = 0; fits && i < all.count; i++)
+        fits = read_branch(i, all, height, kinds, norms, epsilons, given, levels + given.first, branches[i]);
+    if (fits) {
+        all.branches = branches;
+        Py_BEGIN_ALLOW_THREADS;
+        enough = run_branches(all, threads);
+        Py_END_ALLOW_THREADS;
+    }
+    free(branches);
+    free(levels);
+    return PyErr_Occurred() ? nullptr : answer(enough);
 }
 
 // Whether each convolution takes the channels that it is given, and what is added has as many.
@@ -380,8 +357,8 @@ static PyObject *py_use(PyObject *, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"mix", py_mix, METH_VARARGS, "The levels of a butterfly over the features of rows."},
-    {"mix_patches", py_mix_patches, METH_VARARGS, "The same over the values of an image's patches, added to the image."},
     {"attend", py_attend, METH_VARARGS, "Attention inside the groups of a level."},
+    {"branches", py_branches, METH_VARARGS, "Residual branches over the tokens or patches of images."},
     {"stage", py_stage, METH_VARARGS, "Residual blocks of grouped convolutions."},
     {"use", py_use, METH_VARARGS, "Choose an instruction set."},
     {}};

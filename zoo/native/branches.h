@@ -1,0 +1,155 @@
+// Residual branches in a row, of a few images at a time: what passes from one to the next stays in the cache.
+
+static const long chunk_floats = 1 << 17;  // of a thread's images, between the branches
+
+// Floats an image needs: its other half, from which and to which branches take turns, and what is inside a branch.
+static long branches_image(const Branches &all) {
+    long inside = 0;
+    for (long i = 0; i < all.count; i++) {
+        const long needed = all.branches[i].kind == ATTENTION ? 4 : all.branches[i].kind == TOKENS ? 1 : 0;
+        inside = needed > inside ? needed : inside;
+    }
+    return (1 + inside) * all.tokens * all.channels;
+}
+
+// Images that a thread takes at once: as many as the cache holds, in as few rounds as need be, all threads alike.
+static long branches_chunk(const Branches &all, long threads) {
+    const long most = chunk_floats / branches_image(all), each = (all.images + threads - 1) / threads;
+    const long rounds = most > 1 ? (each + most - 1) / most : each;
+    return (each + rounds - 1) / rounds;
+}
+
+// What a tile or a group needs besides.
+static long branches_memory(const Branches &all) {
+    long most = 0;
+    const auto raise_to = [&](long value) { most = value > most ? value : most; };
+    for (long i = 0; i < all.count; i++) {
+        const Branch &b = all.branches[i];
+        raise_to(mix_memory(b.mix));
+        if (b.kind != ATTENTION) continue;
+        raise_to(mix_memory(b.projection));
+        raise_to(attend_memory(b.attend));
+    }
+    return most;
+}
+
+// The sum of the lanes.
+INLINE float total(Vector x) {
+    float lanes[LANES], sum = 0;
+    store(lanes, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return sum + lanes[0];
+}
+
+// work(place) on whole vectors, and rest(place) on what is left of n numbers.
+template <class Work, class Rest>
+INLINE void each_vector(long n, const Work &work, const Rest &rest) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) work(i);
+    for (; i < n; i++) rest(i);
+}
+
+// LayerNorm of one row of n features side by side.
+static void normalize_row(const float *x, float *y, long n, const float *gamma, const float *beta, float epsilon) {
+    Vector sums = {}, squares = {};
+    float sum = 0, square = 0;
+    each_vector(n, [&](long i) { sums += load(x + i); }, [&](long i) { sum += x[i]; });
+    const float mean = (total(sums) + sum) / n;
+    each_vector(
+        n,
+        [&](long i) {
+            const Vector d = load(x + i) - mean;
+            squares += d * d;
+        },
+        [&](long i) { square += (x[i] - mean) * (x[i] - mean); });
+    const float scale = 1 / sqrtf((total(squares) + square) / n + epsilon);
+    each_vector(
+        n, [&](long i) { store(y + i, (load(x + i) - mean) * (load(gamma + i) * scale) + load(beta + i)); },
+        [&](long i) { y[i] = (x[i] - mean) * (gamma[i] * scale) + beta[i]; });
+}
+
+// One branch of some images, x -> y. `inside` is its memory; each(n, f) calls f(0, memory) .. f(n - 1, memory).
+template <class Each>
+static void branch(
+    const Branches &all, const Branch &b, const float *x, float *y, long images, float *inside, const Each &each) {
+    const long N = all.tokens, C = all.channels, rows = images * N;
+    const auto normalize_rows = [&](float *to) {
+        each((rows + TILE - 1) / TILE, [&](long part, float *) {
+            for (long row = part * TILE; row < rows && row < (part + 1) * TILE; row++)
+                normalize_row(x + row * C, to + row * C, C, b.mix.gamma, b.mix.beta, b.mix.epsilon);
+        });
+    };
+    const auto mix_rows = [&](Mix m, const float *from, float *to, const float *plus) {
+        m.x = from, m.y = to, m.plus = plus, m.rows = rows;
+        m.x_feature = m.y_feature = 1, m.x_row = m.in, m.y_row = m.out;
+        each((rows + TILE - 1) / TILE, [&](long part, float *memory) { mix(m, part, memory); });
+    };
+    if (b.kind == PATCHES) {
+        Mix m = b.mix;
+        m.rows = rows / (b.patches.side * b.patches.side);
+        each((m.rows + TILE - 1) / TILE, [&](long part, float *memory) { mix_patches(m, b.patches, x, y, part, memory); });
+    } else if (!b.mix.count) {
+        normalize_rows(y);
+    } else if (b.kind == CHANNELS) {
+        mix_rows(b.mix, x, y, x);
+    } else if (b.kind == ATTENTION) {
+        float *heads = inside + 3 * rows * C;
+        mix_rows(b.mix, x, inside, nullptr);
+        Attend a = b.attend;
+        a.q = inside, a.k = inside + C, a.v = inside + 2 * C, a.out = heads, a.tokens = rows;
+        each(rows / a.radix * a.heads, [&](long task, float *memory) { attend(a, task, memory); });
+        mix_rows(b.projection, heads, y, x);
+    } else {
+        Mix m = b.mix;
+        if (m.gamma) normalize_rows(inside);
+        const float *from = m.gamma ? inside : x;
+        m.gamma = nullptr;
+        m.x_feature = m.y_feature = C, m.x_row = m.y_row = 1, m.rows = C;
+        const long tiles = (C + TILE - 1) / TILE;
+        each(images * tiles, [&](long task, float *memory) {
+            const long image = task / tiles * N * C;
+            Mix of_image = m;
+            of_image.x = from + image, of_image.y = y + image, of_image.plus = x + image;
+            mix(of_image, task % tiles, memory);
+        });
+    }
+}
+
+// All branches of `images` images from `first` on; `buffers` holds as many times `branches_image` floats.
+template <class Each>
+static void branches_of(const Branches &all, long first, long images, float *buffers, const Each &each) {
+    const long size = all.tokens * all.channels;
+    float *there = buffers, *inside = buffers + images * size, *out = all.y + first * size;
+    const float *x = all.x + first * size;
+    for (long i = 0; i < all.count; i++) {
+        float *y = (all.count - i) % 2 ? out : there;
+        branch(all, all.branches[i], x, y, images, inside, each);
+        x = y;
+    }
+}
+
+// Some images on one thread; `memory` is their buffers, then that of a tile.
+static void branches(const Branches &all, long first, long images, float *memory) {
+    float *own = memory + images * branches_image(all);
+    branches_of(all, first, images, memory, [&](long count, const auto &work) {
+        for (long i = 0; i < count; i++) work(i, own);
+    });
+}
+
+// All images on all threads; false where one had no memory.
+static bool branches_together(const Branches &all, float *buffers) {
+    const long floats = branches_memory(all);
+    bool enough = true;
+    branches_of(all, 0, all.images, buffers, [&](long count, const auto &work) {
+#pragma omp parallel for schedule(static) if (count > 1)
+        for (long i = 0; i < count; i++) {
+            float *memory = scratch.get(floats);
+            if (memory)
+                work(i, memory);
+            else
+                enough = false;
+        }
+    });
+    return enough;
+}
