@@ -23,7 +23,7 @@ from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
 from .layers.eager import is_hooked, is_idle, part
-from .layers.native_branches import PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
+from .layers.native_branches import ACROSS, PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -84,10 +84,11 @@ class PatchStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        mixed = None
         if not torch.jit.is_scripting():
-            mixed = by_kernel(x, self._inside)
-        x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x))))) if mixed is None else mixed
+            y = by_kernel(x, self.branches)
+            if y is not None:
+                return y
+        x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x)))))
         if self.across is not None:
             patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
             x = x + self.fold.fold(self.drop_path(self.across(patches).transpose(1, 2)))
@@ -95,16 +96,15 @@ class PatchStep(nn.Module):
 
     @torch.jit.unused
     def branches(self) -> list[Branch]:
-        """The step for `native_branches`; none where a part has to be called, or mixes across patches."""
-        return self._inside() if self.across is None else []
-
-    @torch.jit.unused
-    def _inside(self) -> list[Branch]:
-        fold = part(self, "fold")
+        """The step for `native_branches`; none where a part has to be called."""
+        fold, across = part(self, "fold"), self.across
         if type(fold) is not PatchFold or is_hooked(fold) or not is_idle(part(self, "drop_path")):
             return []
         size = (fold.patch_size, fold.stride, fold.num_patches)
-        return in_a_row(residual(part(self, "norm"), part(self, "mlp"), kind=PATCHES, numbers=size))
+        inside = residual(part(self, "norm"), part(self, "mlp"), kind=PATCHES, numbers=size)
+        if across is None:
+            return in_a_row(inside)
+        return in_a_row(inside, residual(part(self, "across_norm"), across, kind=ACROSS, numbers=size))
 
 
 def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:

@@ -155,7 +155,7 @@ _mix_operator, _attend_operator = torch.ops.dimmix.mix.default, torch.ops.dimmix
 
 
 def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
-    groups, stride, _, outer = shapes[-_NUMBERS:][:4]
+    groups, stride, _, outer = shapes[-_NUMBERS : 4 - _NUMBERS]
     features, rows = groups * stride * outer, x.shape[1]
     return x.new_empty((rows, features) if features_last else (features, rows))
 

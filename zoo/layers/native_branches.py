@@ -16,7 +16,7 @@ from . import native
 from .eager import is_hooked
 from .native import Norm, Step
 
-CHANNELS, TOKENS, ATTENTION, PATCHES = range(4)
+CHANNELS, TOKENS, ATTENTION, PATCHES, ACROSS = range(5)
 LARGEST = 2**18
 """Numbers of an image up to which its branches keep to the cache."""
 
@@ -24,9 +24,10 @@ LARGEST = 2**18
 class Branch(NamedTuple):
     """x + steps(norm(x)) of images of tokens, (B, N, C), or patches, (B, C, H, W); without steps, norm(x).
 
-    Steps mix CHANNELS, TOKENS (of a norm over the channels) or the values of PATCHES; those of ATTENTION are the map
-    (C -> 3 * C) to queries, keys and values and the one behind. `numbers` are radix, stride and heads of an attention,
-    and of patches their side and stride and how many an image has.
+    Steps mix CHANNELS, TOKENS (of a norm over the channels), the values of PATCHES, or, ACROSS the patches, those at
+    the same place (of a norm over a patch's values); those of ATTENTION are the map (C -> 3 * C) to queries, keys and
+    values and the one behind. `numbers` are radix, stride and heads of an attention, and of patches their side and
+    stride and how many an image has.
     """
 
     kind: int
@@ -111,7 +112,7 @@ def run(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     epsilons: list[float] = []
     for kind, norm, steps, numbers in branches:
         gamma, beta, epsilon = norm or (None, None, 0.0)
-        features = x.shape[1] * numbers[0] ** 2 if kind == PATCHES else x.shape[-1]
+        features = x.shape[1] * numbers[0] ** 2 if kind in (PATCHES, ACROSS) else x.shape[-1]
         if gamma is not None and len(gamma) != features:
             raise ValueError(f"{len(gamma)} features expected, the input has {features}")
         of_steps, numbers_of_steps = native.lists_of(steps)
@@ -171,7 +172,7 @@ def _flops(x_shape, kinds, weights_shape, shapes, *_, out_shape=None, **kwargs) 
     for branch in range(0, len(kinds), _NUMBERS):
         kind, steps, radix, patches = (kinds[branch + i] for i in (0, 1, 2, 4))
         last = first + 4 * steps
-        rows = {TOKENS: channels, PATCHES: patches}.get(kind, tokens)
+        rows = {TOKENS: channels, PATCHES: patches, ACROSS: channels * radix**2}.get(kind, tokens)
         attended = 2 * tokens * channels * radix if kind == ATTENTION else 0
         flops += 2 * images * (rows * native.count_weights(weights_shape[first:last]) + attended)
         first = last

@@ -6,8 +6,9 @@ static const long chunk_floats = 1 << 17;  // of a thread's images, between the 
 static long branches_image(const Branches &all) {
     long inside = 0;
     for (long i = 0; i < all.count; i++) {
-        const long needed = all.branches[i].kind == ATTENTION ? 4 : all.branches[i].kind == TOKENS ? 1 : 0;
-        inside = needed > inside ? needed : inside;
+        const long needed[] = {0, 1, 4, 0, 2};  // by kind
+        const long of_branch = needed[all.branches[i].kind];
+        inside = of_branch > inside ? of_branch : inside;
     }
     return (1 + inside) * all.tokens * all.channels;
 }
@@ -26,6 +27,7 @@ static long branches_memory(const Branches &all) {
     for (long i = 0; i < all.count; i++) {
         const Branch &b = all.branches[i];
         raise_to(mix_memory(b.mix));
+        if (b.kind == ACROSS) raise_to(TILE * b.patches.channels * b.patches.side * b.patches.side);
         if (b.kind != ATTENTION) continue;
         raise_to(mix_memory(b.projection));
         raise_to(attend_memory(b.attend));
@@ -69,62 +71,89 @@ static void normalize_row(const float *x, float *y, long n, const float *gamma, 
         [&](long i) { y[i] = (x[i] - mean) * (gamma[i] * scale) + beta[i]; });
 }
 
-// One branch of some images, x -> y. `inside` is its memory; each(n, f) calls f(0, memory) .. f(n - 1, memory).
+// Branches of some images. `inside` is memory for what is inside one; each(n, f) calls f(i, memory) for each i below n.
 template <class Each>
-static void branch(
-    const Branches &all, const Branch &b, const float *x, float *y, long images, float *inside, const Each &each) {
-    const long N = all.tokens, C = all.channels, rows = images * N;
-    const auto normalize_rows = [&](float *to) {
-        each((rows + TILE - 1) / TILE, [&](long part, float *) {
+struct Pass {
+    const long N, C, images, rows;
+    float *const inside;
+    const Each &each;
+
+    // f for each tile of n rows.
+    template <class Work>
+    void each_tile(long n, const Work &work) const {
+        each((n + TILE - 1) / TILE, work);
+    }
+
+    void normalize_rows(const Mix &m, const float *x, float *y) const {
+        each_tile(rows, [&](long part, float *) {
             for (long row = part * TILE; row < rows && row < (part + 1) * TILE; row++)
-                normalize_row(x + row * C, to + row * C, C, b.mix.gamma, b.mix.beta, b.mix.epsilon);
+                normalize_row(x + row * C, y + row * C, C, m.gamma, m.beta, m.epsilon);
         });
-    };
-    const auto mix_rows = [&](Mix m, const float *from, float *to, const float *plus) {
-        m.x = from, m.y = to, m.plus = plus, m.rows = rows;
+    }
+
+    // Over features side by side.
+    void mix_rows(Mix m, const float *x, float *y, const float *plus) const {
+        m.x = x, m.y = y, m.plus = plus, m.rows = rows;
         m.x_feature = m.y_feature = 1, m.x_row = m.in, m.y_row = m.out;
-        each((rows + TILE - 1) / TILE, [&](long part, float *memory) { mix(m, part, memory); });
-    };
-    if (b.kind == PATCHES) {
-        Mix m = b.mix;
-        m.rows = rows / (b.patches.side * b.patches.side);
-        each((m.rows + TILE - 1) / TILE, [&](long part, float *memory) { mix_patches(m, b.patches, x, y, part, memory); });
-    } else if (!b.mix.count) {
-        normalize_rows(y);
-    } else if (b.kind == CHANNELS) {
-        mix_rows(b.mix, x, y, x);
-    } else if (b.kind == ATTENTION) {
+        each_tile(rows, [&](long part, float *memory) { mix(m, part, memory); });
+    }
+
+    // Over numbers of an image that lie `width` apart, without the norm.
+    void mix_columns(Mix m, const float *x, float *y, const float *plus, long width) const {
+        const long tiles = (width + TILE - 1) / TILE;
+        m.gamma = nullptr;
+        m.x_feature = m.y_feature = width, m.x_row = m.y_row = 1, m.rows = width;
+        each(images * tiles, [&](long task, float *memory) {
+            const long image = task / tiles * N * C;
+            Mix of_image = m;
+            of_image.x = x + image, of_image.y = y + image, of_image.plus = plus ? plus + image : nullptr;
+            mix(of_image, task % tiles, memory);
+        });
+    }
+
+    void attention(const Branch &b, const float *x, float *y) const {
         float *heads = inside + 3 * rows * C;
         mix_rows(b.mix, x, inside, nullptr);
         Attend a = b.attend;
         a.q = inside, a.k = inside + C, a.v = inside + 2 * C, a.out = heads, a.tokens = rows;
         each(rows / a.radix * a.heads, [&](long task, float *memory) { attend(a, task, memory); });
         mix_rows(b.projection, heads, y, x);
-    } else {
-        Mix m = b.mix;
-        if (m.gamma) normalize_rows(inside);
-        const float *from = m.gamma ? inside : x;
-        m.gamma = nullptr;
-        m.x_feature = m.y_feature = C, m.x_row = m.y_row = 1, m.rows = C;
-        const long tiles = (C + TILE - 1) / TILE;
-        each(images * tiles, [&](long task, float *memory) {
-            const long image = task / tiles * N * C;
-            Mix of_image = m;
-            of_image.x = from + image, of_image.y = y + image, of_image.plus = x + image;
-            mix(of_image, task % tiles, memory);
-        });
     }
-}
+
+    void patches(const Branch &b, const float *x, float *y) const {
+        const Patches &p = b.patches;
+        const long values = C * p.side * p.side, count = rows * C / values;
+        Mix m = b.mix;
+        m.rows = count;
+        if (b.kind == PATCHES)
+            return each_tile(count, [&](long part, float *memory) { mix_patches(m, p, x, y, part, memory); });
+        float *mixed = inside + rows * C;
+        each_tile(count, [&](long part, float *memory) { unfold(m, p, x, count, inside, part, memory); });
+        mix_columns(m, inside, mixed, nullptr, values);
+        each_tile(count, [&](long part, float *) { add_folded(p, x, count, mixed, y, part); });
+    }
+
+    // One branch, x -> y.
+    void branch(const Branch &b, const float *x, float *y) const {
+        if (b.kind == PATCHES || b.kind == ACROSS) return patches(b, x, y);
+        if (b.kind == ATTENTION) return attention(b, x, y);
+        if (!b.mix.count) return normalize_rows(b.mix, x, y);
+        if (b.kind == CHANNELS) return mix_rows(b.mix, x, y, x);
+        if (b.mix.gamma) normalize_rows(b.mix, x, inside);
+        mix_columns(b.mix, b.mix.gamma ? inside : x, y, x, C);
+    }
+};
 
 // All branches of `images` images from `first` on; `buffers` holds as many times `branches_image` floats.
 template <class Each>
 static void branches_of(const Branches &all, long first, long images, float *buffers, const Each &each) {
     const long size = all.tokens * all.channels;
-    float *there = buffers, *inside = buffers + images * size, *out = all.y + first * size;
+    const Pass<Each> pass = {all.tokens, all.channels, images, images * all.tokens, buffers + images * size, each};
+    float *there = buffers, *out = all.y + first * size;
     const float *x = all.x + first * size;
     for (long i = 0; i < all.count; i++) {
         float *y = (all.count - i) % 2 ? out : there;
-        branch(all, all.branches[i], x, y, images, inside, each);
+        pass.branch(all.branches[i], x, y);
         x = y;
     }
 }

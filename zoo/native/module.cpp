@@ -102,7 +102,8 @@ static bool read_levels(Given &given, long count, Level *levels, Mix &m) {
         for (int k = 0; k < numbers; k++)
             (&levels[i].groups)[k] = PyLong_AsLong(PyList_GetItem(given.shapes, at * numbers + k));
         for (int k = 0; k < addresses; k++)
-            (&levels[i].weight)[k] = (const float *)PyLong_AsVoidPtr(PyList_GetItem(given.pointers, at * addresses + k));
+            (&levels[i].weight)[k] =
+                (const float *)PyLong_AsVoidPtr(PyList_GetItem(given.pointers, at * addresses + k));
     }
     if (PyErr_Occurred()) return false;
     given.first = end;
@@ -179,8 +180,8 @@ static PyObject *py_attend(PyObject *, PyObject *args) {
 // Of a branch: kind, levels, and radix, stride and heads of an attention, or side, stride and number of patches.
 const int branch_numbers = 5;
 
-// A branch from Python's lists: of each branch the numbers, two addresses of its norm or 0, and an epsilon. False with an
-// error where it does not fit the images.
+// A branch from Python's lists: of each branch the numbers, two addresses of its norm or 0, and an epsilon. False with
+// an error where it does not fit the images.
 static bool read_branch(
     long i, const Branches &all, long height, PyObject *kinds, PyObject *norms, PyObject *epsilons, Given &given,
     Level *levels, Branch &b) {
@@ -207,10 +208,11 @@ static bool read_branch(
     } else {
         if (!read_levels(given, count, levels, m)) return false;
         const long side = number[2], span = side * number[3], width = N / height;
-        if (b.kind == PATCHES) {
+        if (b.kind == PATCHES || b.kind == ACROSS) {
             b.patches = {C, height, width, side, number[3]};
-            fits = count && side > 0 && span > 0 && height % span == 0 && width % span == 0 && m.in == C * side * side &&
-                   number[4] == N / (side * side);
+            fits = count && side > 0 && span > 0 && height % span == 0 && width % span == 0;
+            const long patches = fits ? N / (side * side) : 0;
+            fits = fits && number[4] == patches && m.in == (b.kind == PATCHES ? C * side * side : patches);
         } else {
             fits = b.kind == TOKENS ? count && m.in == N : b.kind == CHANNELS && m.in == C && (count || m.gamma);
         }

@@ -40,3 +40,26 @@ static void mix_patches(const Mix &m, const Patches &p, const float *x, float *y
         for (long k = 0; k < rows; k++) y[places[k] + offset] = x[places[k] + offset] + result.data[f * TILE + k];
     });
 }
+
+// The values of each patch of a tile, after a LayerNorm if there is one, side by side in `out`.
+static void unfold(const Mix &m, const Patches &p, const float *x, long count, float *out, long part, float *memory) {
+    const long row = part * TILE, rows = count - row < TILE ? count - row : TILE, values = p.channels * p.side * p.side;
+    long places[TILE];
+    patch_places(p, row, rows, places);
+    patch_values(p, [&](long f, long offset) {
+        for (long k = 0; k < TILE; k++) memory[f * TILE + k] = x[places[k] + offset];
+    });
+    if (m.gamma) normalize(memory, values, m.gamma, m.beta, m.epsilon);
+    scatter(memory, values, rows, {out + row * values, 1, values});
+}
+
+// x and the patches of a tile, whose values lie side by side in `from`.
+static void add_folded(const Patches &p, const float *x, long count, const float *from, float *y, long part) {
+    const long row = part * TILE, rows = count - row < TILE ? count - row : TILE, values = p.channels * p.side * p.side;
+    long places[TILE];
+    patch_places(p, row, rows, places);
+    for (long k = 0; k < rows; k++)
+        patch_values(p, [&](long f, long offset) {
+            y[places[k] + offset] = x[places[k] + offset] + from[(row + k) * values + f];
+        });
+}

@@ -30,8 +30,9 @@ struct Attend {
 };
 
 // x + mixer(norm(x)): levels over the channels, over the tokens, of attention (`mix` makes queries, keys and values,
-// `projection` the result) or over the values of patches. Without levels, over the channels, norm(x) alone.
-enum Kind { CHANNELS, TOKENS, ATTENTION, PATCHES };
+// `projection` the result), over the values of each patch, or across the patches. Without levels, over the channels,
+// norm(x) alone.
+enum Kind { CHANNELS, TOKENS, ATTENTION, PATCHES, ACROSS };
 struct Branch {
     long kind;
     Mix mix, projection;
