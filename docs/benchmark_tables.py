@@ -65,9 +65,8 @@ def _processors() -> str:
     """The ratios that have a mark, in float32, on the processor of this run and on those that have a folder."""
     folders = [FOLDER, *sorted(path for path in FOLDER.iterdir() if path.is_dir())]
     columns = {_read("linear", folder)["machine"]["processor"]: _marked(folder) for folder in folders}
-    records = [
-        {"work": work, "reach": reach} for work, (reach, _) in columns[_read("linear")["machine"]["processor"]].items()
-    ]
+    ours = next(iter(columns.values()))
+    records = [{"work": work, "reach": reach} for work, (reach, _) in ours.items()]
 
     def measured(marked: dict[str, tuple[float, float]], record: Record) -> str:
         _, faster = marked.get(record["work"], (0.0, 0.0))

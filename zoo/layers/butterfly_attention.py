@@ -11,7 +11,7 @@ from . import native
 from .eager import is_idle, on_cpu_untraced, part
 from .native_branches import ATTENTION, Branch
 from .permute import Permute
-from .pointwise import Linear, beats_a_product, by_kernel, is_plain, pointwise, step_of
+from .pointwise import Linear, beats_a_product, by_kernel, is_as_built, pointwise, step_of
 
 SMALL_GROUP, SMALL_GROUP_BF16 = 64, 256
 """Up to so many tokens in a group, training on a CPU keeps the scores, and bfloat16 does so in inference too: the fused
@@ -89,7 +89,7 @@ class ButterflyAttention(nn.Module):
         """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""
         weight, bias = self.qkv.weight, self.qkv.bias
         if not torch.jit.is_scripting():
-            if not is_plain(self.qkv):  # an adapter, a parametrised map
+            if not is_as_built(self.qkv):  # an adapter, a parametrised map
                 q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
                 return q, k, v
             if self.radix <= native.LONGEST:

@@ -9,7 +9,7 @@ from .block_linear import BlockLinear, FeatureMixer, LevelView
 from .butterfly_linear import ButterflyLinear
 from .eager import is_hooked, is_idle, parameter, part
 from .native import Step, steps_of
-from .pointwise import Linear, is_plain, step_of
+from .pointwise import Linear, is_as_built, step_of
 
 
 def mlp_step(fc1: nn.Module, drop: nn.Module, fc2: nn.Module) -> Step | None:
@@ -41,7 +41,7 @@ class DenseMlp(FeatureMixer):
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
         plain = True
         if not torch.jit.is_scripting():
-            plain = is_plain(self.fc1) and is_plain(self.fc2)
+            plain = is_as_built(self.fc1) and is_as_built(self.fc2)
         if features_last or not plain:
             y = self.fc2(self.drop(F.gelu(self.fc1(x.t()))))
             return y if features_last else y.t()

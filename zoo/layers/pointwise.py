@@ -51,7 +51,7 @@ def beats_a_product(x: Tensor) -> bool:
 
 
 @torch.jit.unused
-def is_plain(linear: nn.Module) -> bool:
+def is_as_built(linear: nn.Module) -> bool:
     """Whether a Linear is as it was built: nothing in its place and no hook on it, so that its weights say all."""
     return type(linear) in (nn.Linear, Linear) and not is_hooked(linear)
 
@@ -59,7 +59,7 @@ def is_plain(linear: nn.Module) -> bool:
 @torch.jit.unused
 def step_of(linear: nn.Module) -> native.Step | None:
     """A Linear for `native.mix`, or None where it has to be called."""
-    return _step(parameter(linear, "weight"), parameter(linear, "bias")) if is_plain(linear) else None
+    return _step(parameter(linear, "weight"), parameter(linear, "bias")) if is_as_built(linear) else None
 
 
 @torch.jit.unused
