@@ -134,6 +134,17 @@ def test_branches_in_a_row_are_one_after_the_other(instructions, count, channels
 
 
 @torch.no_grad()
+def test_images_too_large_for_the_cache_of_a_thread(instructions):
+    norm, mlp, x = _drawn(nn.LayerNorm(130)), DenseMlp(130, ratio=0.1), torch.randn(3, 4100, 130)
+    actual = run(x, [residual(norm, mlp), norm_alone(norm)])
+    for i in range(3):
+        expected = x[i].double()
+        expected = norm.double()(expected + mlp.double()(norm.double()(expected)))
+        norm.float(), mlp.float()
+        assert (actual[i] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_a_norm_alone(instructions):
     for channels in (1, 5, 16, 100):
         norm, x = _drawn(nn.LayerNorm(channels, eps=1e-3)), torch.randn(3, 4, channels) + 5

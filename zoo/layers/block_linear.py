@@ -160,7 +160,7 @@ class FeatureMixer(nn.Module):
         """(..., in_features) -> (..., out_features), at least two axes."""
         rows = x.flatten(0, -2)
         y = self.mix(rows.t(), True) if torch.jit.is_scripting() else self._mix_tiles(rows)
-        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + y.shape[1:])
+        return y.reshape(x.shape[:-1] + y.shape[1:])
 
     @torch.jit.unused
     def mix_exported(self, x: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from .eager import is_hooked
 from .native import Norm, Step
 
 CHANNELS, TOKENS, ATTENTION, PATCHES, ACROSS = range(5)
-LARGEST = 2**18
-"""Numbers of an image up to which its branches keep to the cache."""
+LARGEST = 2**20
+"""Numbers of an image up to which the kernel takes it: it keeps memory for five times as many."""
 
 
 class Branch(NamedTuple):

@@ -166,11 +166,11 @@ static void branches(const Branches &all, long first, long images, float *memory
     });
 }
 
-// All images on all threads; false where one had no memory.
-static bool branches_together(const Branches &all, float *buffers) {
+// Some images on all threads; false where one had no memory.
+static bool branches_together(const Branches &all, long first, long images, float *buffers) {
     const long floats = branches_memory(all);
     bool enough = true;
-    branches_of(all, 0, all.images, buffers, [&](long count, const auto &work) {
+    branches_of(all, first, images, buffers, [&](long count, const auto &work) {
 #pragma omp parallel for schedule(static) if (count > 1)
         for (long i = 0; i < count; i++) {
             float *memory = scratch.get(floats);

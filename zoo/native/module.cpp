@@ -224,9 +224,14 @@ static bool read_branch(
 
 static bool run_branches(const Branches &all, long threads) {
     const long images = all.images, an_image = kernels->branches_image(all), memory = kernels->branches_memory(all);
-    if (images < threads) {
-        float *buffers = plans.get(images * an_image);
-        return buffers && kernels->branches_together(all, buffers);
+    const bool large = an_image > 1 << 19;  // for the cache of a thread
+    if (images < threads || large) {
+        const long step = large ? 1 : images;
+        float *buffers = plans.get(step * an_image);
+        bool enough = buffers;
+        for (long first = 0; enough && first < images; first += step)
+            enough = kernels->branches_together(all, first, step, buffers);
+        return enough;
     }
     const long chunk = kernels->branches_chunk(all, threads);
     return run((images + chunk - 1) / chunk, chunk * an_image + memory, [&](long part, float *own) {

@@ -113,7 +113,7 @@ struct Kernels {
     long (*branches_chunk)(const Branches &, long threads);
     long (*branches_memory)(const Branches &);
     void (*branches)(const Branches &, long first, long images, float *memory);
-    bool (*branches_together)(const Branches &, float *buffers);
+    bool (*branches_together)(const Branches &, long first, long images, float *buffers);
     long (*stage_plan_memory)(const Stage &);
     void (*stage_plan)(const Stage &, float *memory);  // before the next two, once for all images
     long (*stage_memory)(const Stage &);
