@@ -70,7 +70,7 @@ class MixerBlock(nn.Module):
     @torch.jit.unused
     def branches(self) -> list[Branch]:
         """The block for `native_branches`; none where a part has to be called."""
-        if not is_idle(part(self, "drop_path")):
+        if type(self) is not MixerBlock or not is_idle(part(self, "drop_path")):
             return []
         tokens = residual(part(self, "norm1"), part(self, "token_mlp"), kind=TOKENS)
         return in_a_row(tokens, residual(part(self, "norm2"), part(self, "channel_mlp")))

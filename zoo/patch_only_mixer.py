@@ -98,7 +98,9 @@ class PatchStep(nn.Module):
     def branches(self) -> list[Branch]:
         """The step for `native_branches`; none where a part has to be called."""
         fold, across = part(self, "fold"), self.across
-        if type(fold) is not PatchFold or is_hooked(fold) or not is_idle(part(self, "drop_path")):
+        if type(self) is not PatchStep or type(fold) is not PatchFold or is_hooked(fold):
+            return []
+        if not is_idle(part(self, "drop_path")):
             return []
         size = (fold.patch_size, fold.stride, fold.num_patches)
         inside = residual(part(self, "norm"), part(self, "mlp"), kind=PATCHES, numbers=size)

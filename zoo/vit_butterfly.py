@@ -63,7 +63,7 @@ class Block(nn.Module):
     @torch.jit.unused
     def branches(self) -> list[Branch]:
         """The block for `native_branches`; none where a part has to be called."""
-        if not is_idle(part(self, "drop_path")):
+        if type(self) is not Block or not is_idle(part(self, "drop_path")):
             return []
         norm1, attn, norm2, mlp = part(self, "norm1"), part(self, "attn"), part(self, "norm2"), part(self, "mlp")
         if self.pre_norm:

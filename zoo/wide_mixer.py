@@ -75,6 +75,8 @@ class AxisMlp(nn.Module):
         ends, mlp = (self.before, self.after), part(self, "mlp")
         if any(type(end) is not nn.Identity or is_hooked(end) for end in ends) or is_hooked(mlp) or len(mlp) != 4:
             return None
+        if type(self) is not AxisMlp:
+            return None
         fc1, gelu, drop, fc2 = mlp
         if type(gelu) is not nn.GELU or gelu.approximate != "none" or is_hooked(gelu):
             return None
@@ -130,7 +132,7 @@ class MixingLayer(nn.Module):
     def branches(self) -> list[Branch]:
         """The layer for `native_branches`; none where a part has to be called, or it mixes twice."""
         skip, mix = part(self, "skip"), part(self, "mix")
-        if type(skip) is not nn.Identity or len(mix) != 1:
+        if type(self) is not MixingLayer or type(skip) is not nn.Identity or len(mix) != 1:
             return []
         if is_hooked(skip) or is_hooked(mix) or not is_idle(part(self, "drop_path")):
             return []

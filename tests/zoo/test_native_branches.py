@@ -210,6 +210,31 @@ def test_what_watches_a_residual_branch_is_called(runs, name):
         assert runs == [1] * steps_beside + [in_the_others] * (len(model.blocks) - 1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32", "patch_only_mixer_tiny_32", "wide_mixer_c48_32"]
+)
+def test_a_block_that_does_something_else_is_called(runs, name):
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    block = model.blocks[0][0] if "patch_only" in name else model.blocks[0]
+    expected = model.forward_features(x)
+    block.__class__ = type(
+        "Doubling", (type(block),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)}
+    )
+    runs.clear()
+    assert (model.forward_features(x) - expected).abs().max() > 0.1
+    assert len(runs) == len(model.blocks) - 1 + (len(model.blocks[0]) - 1 if "patch_only" in name else 0)
+
+
+@torch.no_grad()
+def test_attention_that_does_something_else_is_called(runs):
+    model, x = timm.create_model("vit_butterfly_nano_patch4_32", num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    attn = model.blocks[0].attn
+    attn.__class__ = type("Nothing", (ButterflyAttention,), {"forward": lambda self, x: torch.zeros_like(x)})
+    assert (model(x) - expected).abs().max() > 1e-4
+
+
 def test_where_the_kernel_is_not_taken(runs, monkeypatch):
     level = ButterflySchedule(16, 4).levels[1]
     block, x = Block(8, level, 2, 2.0, True, 0.1, 0.1), torch.randn(2, 16, 8)

@@ -78,7 +78,9 @@ class ButterflyAttention(nn.Module):
     @torch.jit.unused
     def branch(self, norm: native.Norm | None) -> Branch | None:
         """x + self(norm(x)) for `native_branches`, or None where a part has to be called."""
-        if self.permute is not None or self.radix > native.LONGEST or not is_idle(part(self, "proj_drop")):
+        if type(self) is not ButterflyAttention or self.permute is not None or self.radix > native.LONGEST:
+            return None
+        if not is_idle(part(self, "proj_drop")):
             return None
         first, last = step_of(part(self, "qkv")), step_of(part(self, "proj"))
         if first is None or last is None:

@@ -59,8 +59,8 @@ def in_a_row(*branches: Branch | None) -> list[Branch]:
 class Blocks(nn.Sequential):
     """Blocks of residual branches in a row, which our own kernels run as one where they can.
 
-    Blocks have `branches()`, a list that is empty where a part of them has to be called. With `tokens_first` they work
-    on (N, B, C).
+    Blocks have `branches()`, a list that is empty where a part of them has to be called, or where they are of a class
+    that may do something else. With `tokens_first` they work on (N, B, C).
     """
 
     tokens_first = False
