@@ -273,6 +273,10 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match="a branch does not fit the images"):
             run(x, [residual(norm, mlp), branch])
+    with pytest.raises(ValueError, match="a branch of tokens on an input of 4 axes"):
+        run(x.view(2, 3, 4, 16), [residual(norm, mlp)])
+    with pytest.raises(ValueError, match="a branch of patches on an input of 3 axes"):
+        run(x, [residual(norm, mlp, kind=PATCHES, numbers=(1, 1, 12))])
     patches, images = residual(nn.LayerNorm(12), DenseMlp(12), kind=PATCHES), torch.randn(1, 3, 4, 4)
     run(images, [patches._replace(numbers=(2, 2, 4))])
     run(images, [residual(nn.LayerNorm(12), DenseMlp(4), kind=ACROSS, numbers=(2, 2, 4))])

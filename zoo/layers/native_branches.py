@@ -103,7 +103,7 @@ def run(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     """Tokens (B, N, C), or images (B, C, H, W) for branches of patches -> the same shape, contiguous.
 
     Raises:
-        ValueError: a branch is of other features than x.
+        ValueError: a branch is of other features than x, or of patches where x is of tokens.
     """
     kinds: list[int] = []
     weights: list[Tensor | None] = []
@@ -112,7 +112,10 @@ def run(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     epsilons: list[float] = []
     for kind, norm, steps, numbers in branches:
         gamma, beta, epsilon = norm or (None, None, 0.0)
-        features = x.shape[1] * numbers[0] ** 2 if kind in (PATCHES, ACROSS) else x.shape[-1]
+        of_patches = kind in (PATCHES, ACROSS)
+        if x.ndim != (4 if of_patches else 3):
+            raise ValueError(f"a branch of {'patches' if of_patches else 'tokens'} on an input of {x.ndim} axes")
+        features = x.shape[1] * numbers[0] ** 2 if of_patches else x.shape[-1]
         if gamma is not None and len(gamma) != features:
             raise ValueError(f"{len(gamma)} features expected, the input has {features}")
         of_steps, numbers_of_steps = native.lists_of(steps)

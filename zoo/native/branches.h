@@ -171,14 +171,7 @@ static bool branches_together(const Branches &all, long first, long images, floa
     const long floats = branches_memory(all);
     bool enough = true;
     branches_of(all, first, images, buffers, [&](long count, const auto &work) {
-#pragma omp parallel for schedule(static) if (count > 1)
-        for (long i = 0; i < count; i++) {
-            float *memory = scratch.get(floats);
-            if (memory)
-                work(i, memory);
-            else
-                enough = false;
-        }
+        if (!run(count, floats, work)) enough = false;
     });
     return enough;
 }

@@ -61,21 +61,6 @@ static const Kernels *find(const char *) { return nullptr; }
 
 static const Kernels *kernels = find("");
 
-// Runs tasks on the threads of the OpenMP that torch has loaded; false where a thread had no memory.
-template <class Work>
-static bool run(long tasks, long floats, const Work &work) {
-    bool enough = true;
-#pragma omp parallel for schedule(static) if (tasks > 1)
-    for (long task = 0; task < tasks; task++) {
-        float *memory = scratch.get(floats);
-        if (memory)
-            work(task, memory);
-        else
-            enough = false;
-    }
-    return enough;
-}
-
 static PyObject *answer(bool enough) {
     if (!enough) return PyErr_NoMemory();
     Py_INCREF(Py_None);

@@ -25,15 +25,20 @@ INLINE void patch_values(const Patches &p, const Work &work) {
                 work(feature++, (c * p.height + i * p.stride) * p.width + j * p.stride);
 }
 
+// The values of a tile's patches, one below the other, and their places.
+static void gather_patches(const Patches &p, const float *x, long row, long rows, long *places, float *tile) {
+    patch_places(p, row, rows, places);
+    patch_values(p, [&](long f, long offset) {
+        for (long k = 0; k < TILE; k++) tile[f * TILE + k] = x[places[k] + offset];
+    });
+}
+
 // x and what the levels make of each patch's values, after a LayerNorm if there is one, on a tile of patches.
 static void mix_patches(const Mix &m, const Patches &p, const float *x, float *y, long part, float *memory) {
     const long row = part * TILE, rows = m.rows - row < TILE ? m.rows - row : TILE;
     const Tile tile(m, memory);
     long places[TILE];
-    patch_places(p, row, rows, places);
-    patch_values(p, [&](long f, long offset) {
-        for (long k = 0; k < TILE; k++) tile.here[f * TILE + k] = x[places[k] + offset];
-    });
+    gather_patches(p, x, row, rows, places, tile.here);
     if (m.gamma) normalize(tile.here, m.in, m.gamma, m.beta, m.epsilon);
     const View result = levels(m, {tile.here, TILE, 1}, nullptr, tile);
     patch_values(p, [&](long f, long offset) {
@@ -45,10 +50,7 @@ static void mix_patches(const Mix &m, const Patches &p, const float *x, float *y
 static void unfold(const Mix &m, const Patches &p, const float *x, long count, float *out, long part, float *memory) {
     const long row = part * TILE, rows = count - row < TILE ? count - row : TILE, values = p.channels * p.side * p.side;
     long places[TILE];
-    patch_places(p, row, rows, places);
-    patch_values(p, [&](long f, long offset) {
-        for (long k = 0; k < TILE; k++) memory[f * TILE + k] = x[places[k] + offset];
-    });
+    gather_patches(p, x, row, rows, places, memory);
     if (m.gamma) normalize(memory, values, m.gamma, m.beta, m.epsilon);
     scatter(memory, values, rows, {out + row * values, 1, values});
 }

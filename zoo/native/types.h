@@ -1,4 +1,4 @@
-// What the kernels work on, and what an instruction set has of them. Included once, before all of them.
+// What the kernels work on and with, and what an instruction set has of them. Included once, before all of them.
 
 // One level over groups * inner * stride features; see ButterflySchedule. With `hidden`, each block is an MLP.
 struct Level {
@@ -100,6 +100,21 @@ class Scratch {
 };
 
 static thread_local Scratch scratch, plans;
+
+// Runs tasks on the threads of the OpenMP that torch has loaded; false where a thread had no memory.
+template <class Work>
+static bool run(long tasks, long floats, const Work &work) {
+    bool enough = true;
+#pragma omp parallel for schedule(static) if (tasks > 1)
+    for (long task = 0; task < tasks; task++) {
+        float *memory = scratch.get(floats);
+        if (memory)
+            work(task, memory);
+        else
+            enough = false;
+    }
+    return enough;
+}
 
 // What an instruction set has.
 struct Kernels {
