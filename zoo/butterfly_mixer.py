@@ -221,6 +221,7 @@ _FAST_PATCH2 = {
     "level_residual": True,
     "stem_full_res": True,
 }
+_TINY_PATCH2 = _FAST_PATCH2 | {"embed_dim": 128, "depth": 8, "channel_radix": 128, "stem_width": 64}
 _TINY = {"patch_size": 4, "embed_dim": 256, "depth": 8, "stem_full_res": True}
 _SMALL = {"patch_size": 4, "embed_dim": 400, "depth": 10}
 
@@ -232,6 +233,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "butterfly_mixer_fast_patch2_32": _FAST_PATCH2,
         "butterfly_mixer_nano_32": _NANO,
         "butterfly_mixer_tiny_32": _TINY,
+        "butterfly_mixer_tiny_patch2_32": _TINY_PATCH2,
         "butterfly_mixer_small_32": _SMALL,
         "butterfly_mixer_small_64": _SMALL | {"img_size": 64},
         "butterfly_mixer_small_224": _SMALL | {"img_size": 224, "patch_size": 16},

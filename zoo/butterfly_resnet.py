@@ -280,6 +280,8 @@ _FAST = {
     "stem_stride": 2,
     "stem_full_res": True,
 }
+# Full resolution in the first stage, and as many weights as 1.2 million allow in wide groups.
+_TINY_R64 = {"depths": (3, 3, 2), "width": 64, "radix": (32, 64, 64), "first_radix": (32, 64, 64)}
 _SMALL = {"width": 96, "radix": (24, 24, 24), "first_radix": (24, 24, 24)}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
@@ -299,6 +301,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "butterfly_resnet_fast_blockmix_32": _FAST | {"mixing": "block", "radix": (32, 16, 16), "first_radix": None},
         "butterfly_resnet_nano_32": _NANO,
         "butterfly_resnet_tiny_32": _TINY,
+        "butterfly_resnet_tiny_r64_32": _TINY_R64,
         "butterfly_resnet_small_32": _SMALL,
         "butterfly_resnet_small_64": _SMALL | {"stem_stride": 2},
         "butterfly_resnet_small_224": _SMALL | {"stem_stride": 8},

@@ -109,6 +109,18 @@ class PatchStep(nn.Module):
         return in_a_row(inside, residual(part(self, "across_norm"), across, kind=ACROSS, numbers=size))
 
 
+class PatchNorm(nn.LayerNorm):
+    """LayerNorm over the values of each patch of an image."""
+
+    def __init__(self, fold: PatchFold, device=None, dtype=None) -> None:
+        super().__init__(fold.values, device=device, dtype=dtype)
+        self.fold = fold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.fold.fold(super().forward(self.fold.unfold(x)))
+
+
 def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:
     """(patch size, stride) of each step of a round."""
     if not strided:
@@ -134,6 +146,8 @@ class PatchOnlyMixer(Trunk):
         mixing: "butterfly" for patches alone, "dense" for the twin that also mixes across patches.
         stem_stride: make the channels with a convolution of this stride; None to keep the image's own.
         stem_width: channels of one more convolution ahead of that one; None for none.
+        head_patch: side of the patches whose values, after a LayerNorm, are the head's features, so that it can pool
+            them; None for pixels as features.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
         drop_path_rate: stochastic depth of the last round, growing linearly from 0.
 
@@ -153,6 +167,7 @@ class PatchOnlyMixer(Trunk):
         mixing: str = "butterfly",
         stem_stride: int | None = 1,
         stem_width: int | None = None,
+        head_patch: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "flatten",
@@ -185,25 +200,27 @@ class PatchOnlyMixer(Trunk):
                 for i in range(depth)
             ]
         )
-        self.norm = nn.Identity()
+        self.head_fold = PatchFold(channels, grid, head_patch or 1)
+        self.norm = PatchNorm(self.head_fold, **dd) if head_patch else nn.Identity()
+        features, side = self.head_fold.values, self.head_fold.rows
         self.finish(
             num_classes=num_classes,
             in_chans=in_chans,
-            features=channels,
-            grid=grid,
-            widths=[channels] * depth,
-            reduction=[max(1, height // grid_size)] * depth,
+            features=features,
+            grid=(side, side),
+            widths=[features] * depth,
+            reduction=[max(1, height // side)] * depth,
             global_pool=global_pool,
             drop_rate=drop_rate,
             **dd,
         )
 
     def leave(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> pixels as tokens, (B, N, C)."""
-        return x.flatten(2).transpose(1, 2)
+        """(B, C, H, W) -> pixels, or the patches of the head, as tokens (B, N, features)."""
+        return self.head_fold.unfold(x)
 
     def to_map(self, x: Tensor) -> Tensor:
-        """Pixels -> (B, C, H, W), resized to the input's grid where the mixed image is the finer one."""
+        """Tokens -> (B, features, H, W), resized to the input's grid where the mixed image is the finer one."""
         x = x.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1]])
         if self.grid[0] > self.img_size[0] or self.grid[1] > self.img_size[1]:
             x = F.interpolate(x, size=self.img_size, mode="bilinear", align_corners=True)
@@ -231,6 +248,8 @@ _STRIDED = {
     "stem_stride": 2,
     "stem_width": 48,
 }
+# The same, wider and of more rounds, on a head that pools the patches: a flattened one would have most of the weights.
+_STRIDED_TINY = _STRIDED | {"channels": 32, "stem_width": 64, "head_patch": 2, "global_pool": "avg"}
 _SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
@@ -239,6 +258,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         "patch_only_mixer_paper_d7": _PAPER | {"depth": 7},
         "patch_only_mixer_paper_d10": _PAPER | {"depth": 10},
         "patch_only_mixer_strided_32": _STRIDED,
+        "patch_only_mixer_strided_tiny_32": _STRIDED_TINY,
         "patch_only_mixer_tiny_32": _TINY,
         "patch_only_mixer_small_32": _SMALL,
         "patch_only_mixer_small_64": _SMALL | {"img_size": 64, "stem_stride": 2},
