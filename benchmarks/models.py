@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse as torch_fuse
 
 from dimmix import list_models
-from dimmix.checkpoints import cards
+from dimmix.checkpoints import Card, cards
 from dimmix.export import export_model
 from dimmix.fuse import fuse
 from dimmix.layers import native
@@ -51,15 +51,16 @@ def twins(names: Iterable[str], backend: str, batches: Iterable[int], seconds: f
 
 
 def equals(backend: str, batches: Iterable[int], seconds: float) -> list[Record]:
-    """conv-mix and block-mix, each against the dense ResNet-20 of equal accuracy. To be reached: at least as fast.
+    """conv-mix and block-mix, each against the dense ResNet of equal accuracy. To be reached: at least as fast.
 
     `backend` is one of those of `twins`.
-    Equal is the narrowest dense ResNet-20 with a card whose top-1 comes within `EQUAL` of the sparse model's or above
-    it, and the most accurate one where none does.
+    Equal is the dense ResNet-20, or where none is as good the dense twin, of fewest multiply-accumulates whose top-1
+    comes within `EQUAL` of the sparse model's or above it; the most accurate one where none does.
     """
-    top1 = _accuracies()
-    dense = sorted((name for name in top1 if name.startswith(RESNET20)), key=lambda n: int(n.removeprefix(RESNET20)))
-    sparse = [name for name in sorted(top1) if name.startswith("butterfly_resnet") and dense_twin(name)]
+    resnets = [card for card in _last_trained() if card.architecture.startswith(("butterfly_resnet", RESNET20))]
+    top1 = {card.architecture: card.top1 for card in sorted(resnets, key=lambda card: card.macs)}
+    dense = [name for name in top1 if not dense_twin(name)]
+    sparse = [name for name in sorted(top1) if dense_twin(name)]
     return [
         record | {"sparse_top1": top1[name], "dense_top1": top1[equal]}
         for name in sparse
@@ -73,14 +74,15 @@ def _equal(top1: float, dense: dict[str, float]) -> str:
     return next((name for name, reached in dense.items() if reached >= top1 - EQUAL), max(dense, key=dense.__getitem__))
 
 
-def _accuracies() -> dict[str, float]:
-    """Top-1 on CIFAR-10 by architecture, of the last training of each, bundled or not."""
-    return {card.architecture: card.top1 for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10"}
+def _last_trained() -> list[Card]:
+    """Cards for CIFAR-10 of the last training of each model, bundled or not."""
+    return [card for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10"]
 
 
 def _accuracies_alike() -> dict[str, float]:
-    """The same, by the recipes for CPU cores where there was such a training: timm's models have had no other."""
-    return _accuracies() | {card.architecture: card.top1 for card in by_cpu_recipes() if card.dataset == "cifar10"}
+    """Top-1 on CIFAR-10 by the recipes for CPU cores: timm's models have had no other."""
+    on_cpu = [card for card in _last_trained() if not card.hardware.startswith("NVIDIA")]
+    return {card.architecture: card.top1 for card in [*on_cpu, *by_cpu_recipes()] if card.dataset == "cifar10"}
 
 
 def _pair(

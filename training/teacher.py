@@ -71,5 +71,5 @@ def teacher_cnn_wide(pretrained: bool = False, **kwargs: Any) -> TeacherCnn:
 
 @register_model
 def teacher_cnn_deep(pretrained: bool = False, **kwargs: Any) -> TeacherCnn:
-    """Widths 128, 384, 384, a stem of 64 and three convolutions a block: 7.5 M parameters, 562 M multiply-accumulates."""
+    """Widths 128, 384, 384, a stem of 64 and three convolutions a block: 7.5 M parameters, 563 M MACs."""
     return teacher_cnn(pretrained, **{"widths": (128, 384, 384), "stem": 64, "deep": True} | kwargs)

@@ -109,18 +109,6 @@ class PatchStep(nn.Module):
         return in_a_row(inside, residual(part(self, "across_norm"), across, kind=ACROSS, numbers=size))
 
 
-class PatchNorm(nn.LayerNorm):
-    """LayerNorm over the values of each patch of an image."""
-
-    def __init__(self, fold: PatchFold, device=None, dtype=None) -> None:
-        super().__init__(fold.values, device=device, dtype=dtype)
-        self.fold = fold
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return self.fold.fold(super().forward(self.fold.unfold(x)))
-
-
 def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[tuple[int, int]]:
     """(patch size, stride) of each step of a round."""
     if not strided:
@@ -201,8 +189,8 @@ class PatchOnlyMixer(Trunk):
             ]
         )
         self.head_fold = PatchFold(channels, grid, head_patch or 1)
-        self.norm = PatchNorm(self.head_fold, **dd) if head_patch else nn.Identity()
         features, side = self.head_fold.values, self.head_fold.rows
+        self.norm = nn.LayerNorm(features, **dd) if head_patch else nn.Identity()
         self.finish(
             num_classes=num_classes,
             in_chans=in_chans,

@@ -171,11 +171,12 @@ class Trunk(nn.Module):
         for i, block in enumerate(blocks):
             x = self._run(block, x)
             if i in take:
-                tap = self.leave(self.norm(x) if norm else x)
+                tap = self.leave(x)
+                tap = self.norm(tap) if norm else tap
                 intermediates.append(self.to_map(tap) if output_fmt == "NCHW" else tap)
         if intermediates_only:
             return intermediates
-        return self.leave(self.norm(x)), intermediates
+        return self.norm(self.leave(x)), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -220,7 +221,7 @@ class Trunk(nn.Module):
             x = _checkpointed(self.blocks, x)
         else:
             x = self.blocks(x)
-        return self.leave(self.norm(x))
+        return self.norm(self.leave(x))
 
     def pool(self, x: Tensor) -> Tensor:
         """Features -> (B, head_hidden_size); unchanged where `global_pool` is ""."""

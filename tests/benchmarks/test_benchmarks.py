@@ -1,6 +1,7 @@
 """A smoke run at tiny sizes: what is written and what the check says, never how long anything took."""
 
 import json
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from benchmarks import plots
 from benchmarks.__main__ import Plan, _line, full_plan, main
 from benchmarks.check import shortfalls
-from benchmarks.models import _accuracies, _accuracies_alike, _beats, _equal, _like_size, equals, fold_timm, front
+from benchmarks.models import _accuracies_alike, _beats, _equal, _last_trained, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
 from benchmarks.trained import by_cpu_recipes, unbundled
 from dimmix.checkpoints import cards
@@ -137,12 +138,23 @@ def test_the_equal_is_the_narrowest_within_a_quarter_point_or_else_the_best():
 
 
 def test_equals_put_a_sparse_resnet_beside_the_dense_one_of_its_accuracy(monkeypatch):
-    top1 = {"butterfly_resnet_nano_32": 90.0, "resnet20_w16": 89.9, "resnet20_w20": 91.0, "vit_butterfly_nano_32": 90.0}
-    monkeypatch.setattr("benchmarks.models._accuracies", lambda: top1)
+    top1 = {"butterfly_resnet_nano_32": 90.0, "resnet20_w20": 91.0, "resnet20_w16": 89.9, "vit_butterfly_nano_32": 90.0}
+    macs = {"butterfly_resnet_nano_32": 36, "resnet20_w20": 64, "resnet20_w16": 41, "vit_butterfly_nano_32": 20}
+    trained = [SimpleNamespace(architecture=name, top1=top1[name], macs=macs[name]) for name in top1]
+    monkeypatch.setattr("benchmarks.models._last_trained", lambda: trained)
     (record,) = equals("onnxruntime", batches=(1,), seconds=0)
     assert (record["work"], record["against"]) == ("butterfly_resnet_nano_32", "resnet20_w16")
     assert (record["backend"], record["sparse_top1"], record["dense_top1"]) == ("onnxruntime", 90.0, 89.9)
     assert record["reach"] == 1.0
+
+
+def test_a_sparse_resnet_beyond_every_resnet20_stands_beside_a_dense_twin_as_good(monkeypatch):
+    top1 = {"butterfly_resnet_nano_32_dense": 94.0, "butterfly_resnet_nano_32": 93.0, "resnet20_w16": 92.0}
+    macs = {"butterfly_resnet_nano_32_dense": 95, "butterfly_resnet_nano_32": 36, "resnet20_w16": 41}
+    trained = [SimpleNamespace(architecture=name, top1=top1[name], macs=macs[name]) for name in top1]
+    monkeypatch.setattr("benchmarks.models._last_trained", lambda: trained)
+    (record,) = equals("fused", batches=(1,), seconds=0)
+    assert (record["work"], record["against"]) == ("butterfly_resnet_nano_32", "butterfly_resnet_nano_32_dense")
 
 
 def test_a_model_of_timm_beats_ours_only_if_no_slower_and_no_less_accurate():
@@ -181,10 +193,12 @@ def test_the_front_says_who_is_ahead_of_each_of_ours(monkeypatch):
 
 def test_on_the_front_our_models_are_as_the_recipe_of_timm_s_left_them():
     first = {card.architecture: card.top1 for card in by_cpu_recipes() if card.dataset == "cifar10"}
-    last, alike = _accuracies(), _accuracies_alike()
+    last, alike = {card.architecture: card.top1 for card in _last_trained()}, _accuracies_alike()
     assert alike["butterfly_resnet_fast_32"] == first["butterfly_resnet_fast_32"] < last["butterfly_resnet_fast_32"]
     assert alike["patch_only_mixer_tiny_32"] == last["patch_only_mixer_tiny_32"]
     assert alike["resnet10t"] == last["resnet10t"]
+    assert "butterfly_resnet_fast_r128_32" in last
+    assert "butterfly_resnet_fast_r128_32" not in alike
 
 
 def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():
