@@ -1,4 +1,4 @@
-"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--compile-all] [--out FOLDER]`.
+"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--all] [--out FOLDER]`.
 
 Writes one JSON file a subject and the plots. `--quick` runs the layers alone, briefly, and writes nothing unless told
 where; `--check` exits with 1 if a ratio falls short.
@@ -42,6 +42,9 @@ SPARSE = (
 COMPILED = ("butterfly_resnet_fast_32", "vit_butterfly_tiny_patch4_32", "butterfly_mixer_fast_32")
 """Compiled unless all are asked for: it takes a quarter of a minute a model, and its twin as long."""
 
+SAMPLED = ("bfloat16", "training")
+"""Backends that time `Plan.sample` alone, for the same reason."""
+
 TIMM = ("resnet10t", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "ghostnet_050", "lcnet_100", "tinynet_e")
 
 
@@ -57,6 +60,7 @@ class Plan:
     modes: Sequence[str] = ("float32",)
     backends: Sequence[str] = ()
     models: Sequence[str] = ()
+    sample: Sequence[str] = ()
     compiled: Sequence[str] = ()
     others: Sequence[str] = ()
     batches: Sequence[int] = (1, 64)
@@ -68,18 +72,23 @@ class Plan:
 QUICK = Plan(seconds=1)
 
 
-def full_plan(compile_all: bool = False) -> Plan:
-    """Everything, among it the sparse models with weights and all dense ones that were trained."""
+def full_plan(every: bool = False) -> Plan:
+    """Everything, among it the sparse models with weights and all dense ones that were trained.
+
+    With `every`, each model compiled, in bfloat16 and in training too.
+    """
     bundled = {card.architecture for card in cards().values() if dense_twin(card.architecture)}
     trained = {card.architecture for card in [*cards().values(), *unbundled()]}
     dense = {name for name in trained if not dense_twin(name)} - set(TIMM)
+    models = tuple(dict.fromkeys((*SPARSE, *sorted(bundled))))
     return Plan(
         seconds=0.5,
         linear=(256, 1024, 4096),
         modes=("float32", "bfloat16", "training"),
         backends=("eager", "fused", "onnxruntime", "bfloat16", "training"),
-        models=tuple(dict.fromkeys((*SPARSE, *sorted(bundled)))),
-        compiled=tuple(sorted(bundled)) if compile_all else COMPILED,
+        models=models,
+        sample=models if every else SPARSE,
+        compiled=tuple(sorted(bundled)) if every else COMPILED,
         others=(*sorted(dense), *TIMM),
         equals=("fused", "onnxruntime"),
         operators=True,
@@ -96,8 +105,8 @@ def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     jobs.append(("attention", lambda: layers.attention(plan.attention, plan.seconds)))
     jobs.append(("memory", lambda: layers.memory(plan.memory)))
     for backend in plan.backends:
-        batches = plan.batches if backend not in ("bfloat16", "training") else plan.batches[-1:]
-        jobs.append(("twins", lambda b=backend, n=batches: models.twins(plan.models, b, n, plan.seconds)))
+        names, batches = (plan.sample, plan.batches[-1:]) if backend in SAMPLED else (plan.models, plan.batches)
+        jobs.append(("twins", lambda m=names, b=backend, n=batches: models.twins(m, b, n, plan.seconds)))
         if backend in plan.equals:  # at once, while what it needs is prepared
             jobs.append(("equals", lambda b=backend: models.equals(b, plan.batches, plan.seconds)))
         if backend == "fused" and native.INSTRUCTIONS:
@@ -136,11 +145,11 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Sparse layers and models beside dense.")
     parser.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
     parser.add_argument("--check", action="store_true", help="exit with 1 and name the ratios that fall short")
-    parser.add_argument("--compile-all", action="store_true", help="compile every model: eight minutes more")
+    parser.add_argument("--all", action="store_true", help="every model compiled, in bfloat16 and in training too")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    results = run(plan or (QUICK if options.quick else full_plan(options.compile_all)))
+    results = run(plan or (QUICK if options.quick else full_plan(options.all)))
     folder = options.out or (None if options.quick else FOLDER)
     if folder:
         write(results, folder)

@@ -29,6 +29,7 @@ TINY = Plan(
     modes=("float32", "bfloat16", "training"),
     backends=("fused", "training"),
     models=("butterfly_mixer_nano_32",),
+    sample=("butterfly_mixer_nano_32",),
     operators=True,
     others=("test_resnet",),
     batches=(1,),
@@ -65,7 +66,8 @@ def test_the_whole_plan_times_what_has_weights_and_each_dense_twin_once():
     twins = {dense_twin(name) for name in plan.models} & {card.architecture for card in unbundled()}
     assert "butterfly_mixer_nano_32_dense" in twins
     assert twins <= set(timed)
-    assert set(plan.compiled) < set(full_plan(compile_all=True).compiled)
+    assert set(plan.compiled) < set(full_plan(every=True).compiled)
+    assert set(plan.sample) < set(full_plan(every=True).sample) == set(plan.models)
 
 
 def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
