@@ -2,7 +2,7 @@
 
 The layout is that of cifar10-airbench (Jordan, arXiv 2404.00498, section 3): each block halves the map right after its
 first, widening convolution, so that most multiplications happen in wide convolutions on small maps. Its whitening
-first layer is an ordinary convolution here. The deep one has, as airbench96 (section 5.1), three convolutions in each
+first layer is an ordinary convolution here. The deep one has, as airbench96, three convolutions in each
 block, the last two with a residual around them.
 """
 

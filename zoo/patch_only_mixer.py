@@ -236,7 +236,7 @@ _STRIDED = {
     "stem_stride": 2,
     "stem_width": 48,
 }
-# The same, wider and of more rounds, on a head that pools the patches: a flattened one would have most of the weights.
+# The same, wider, on a head that pools patches: a flattened one would have nearly half of all weights for 100 classes.
 _STRIDED_TINY = _STRIDED | {"channels": 32, "stem_width": 64, "head_patch": 2, "global_pool": "avg"}
 _SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
 
