@@ -20,7 +20,7 @@ from dimmix.training import loop
 from dimmix.training.data import load_images
 from dimmix.training.learner import Learner, predict
 from dimmix.training.recipe import Data
-from dimmix.training.report import commit_of
+from dimmix.training.report import commit_of, rounded_to_half
 from dimmix.training.state import read_state
 
 Train = Callable[..., Any]
@@ -109,6 +109,28 @@ def test_weights_that_float16_would_change_for_the_worse_stay_float32(
     weights = load_file(runs / "run" / "butterfly_resnet_nano_32.toy.safetensors")
     ema = read_state(runs / "run" / loop.STATE)[0]
     assert all(torch.equal(value, ema[f"ema.{key}"]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(("differ", "dtype"), [(1, "float16"), (2, "float32")])
+def test_two_rows_in_ten_thousand_are_too_many_for_float16(
+    differ: int, dtype: str, train_toy: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves: list[torch.nn.Module] = []
+
+    def rounded(model: torch.nn.Module) -> torch.nn.Module:
+        halves.append(rounded_to_half(model))
+        return halves[-1]
+
+    def answers(model: torch.nn.Module, batches: Any, images: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if images is None:
+            return predict(model, batches)
+        wrong = 1_500 + (differ if model in halves else 0)
+        right = torch.arange(images) >= wrong
+        return torch.stack([~right, right], 1).float(), torch.ones(images, dtype=torch.long)
+
+    monkeypatch.setattr(loop, "predict", answers)
+    monkeypatch.setattr(loop, "rounded_to_half", rounded)
+    assert train_toy("schedule.epochs=1").dtype == dtype
 
 
 def test_the_card_names_the_commit_that_the_run_began_with(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,18 @@ def test_a_round_of_strided_patches_reaches_every_pixel_and_fewer_steps_do_not()
         assert (x.grad != 0).all(1).double().mean().item() == share
 
 
+def test_a_head_of_patches_pools_their_values_after_a_norm():
+    model = _create("patch_only_mixer_strided_tiny_32").double()
+    assert model.num_features == 4 * 32
+    torch.nn.init.normal_(model.norm.weight)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    mixed = model.blocks(model.stem(x))
+    patches = mixed.reshape(2, 32, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 64, 128)
+    normed = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    pooled = (normed * model.norm.weight + model.norm.bias).mean(1)
+    torch.testing.assert_close(model(x), pooled @ model.head.weight.T + model.head.bias)
+
+
 @pytest.mark.parametrize("pool", ["avg", "max", "flatten", ""])
 def test_pooling(pool):
     model = _create("vit_butterfly_nano_patch4_32", num_classes=0, global_pool=pool)
