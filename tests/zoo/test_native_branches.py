@@ -235,6 +235,39 @@ def test_attention_that_does_something_else_is_called(runs):
     assert (model(x) - expected).abs().max() > 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("butterfly_mixer_nano_32", "blocks.1.channel_mlp"),
+        ("butterfly_mixer_nano_32", "blocks.1.channel_mlp.levels.1"),
+        ("butterfly_mixer_nano_32_dense", "blocks.1.channel_mlp"),
+        ("butterfly_mixer_paper_d7_monarch", "blocks.1.channel_mlp"),
+        ("butterfly_mixer_paper_d7_monarch", "blocks.1.channel_mlp.fc2"),
+        ("butterfly_mixer_paper_d7_monarch", "blocks.1.channel_mlp.fc2.factors.0"),
+        ("vit_butterfly_nano_patch4_32", "blocks.1.mlp"),
+        ("patch_only_mixer_tiny_32", "blocks.1.0.mlp"),
+    ],
+)
+def test_a_mixer_that_does_something_else_is_called(name, path):
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    mixer, plain = model.get_submodule(path), model.forward_features(x)
+
+    class Doubling(type(mixer)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+        def mix(self, *args):
+            return 2 * super().mix(*args)
+
+    mixer.__class__ = Doubling
+    actual = model.forward_features(x)
+    with native.switched_off():
+        expected = model.forward_features(x)
+    assert (actual - plain).abs().max() > 1e-4
+    assert (actual - expected).abs().max() < 1e-5
+
+
 def test_where_the_kernel_is_not_taken(runs, monkeypatch):
     level = ButterflySchedule(16, 4).levels[1]
     block, x = Block(8, level, 2, 2.0, True, 0.1, 0.1), torch.randn(2, 16, 8)

@@ -37,7 +37,9 @@ class ButterflyFactor(nn.Module):
     def step(self) -> Step | None:
         """The factor for `native.mix`, or None where something of it has to be called."""
         view, linear = part(self, "view"), part(self, "linear")
-        if view.permute is not None or is_hooked(self) or type(linear) is not BlockLinear or is_hooked(linear):
+        if type(self) is not ButterflyFactor or view.permute is not None or is_hooked(self):
+            return None
+        if type(linear) is not BlockLinear or is_hooked(linear):
             return None
         weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
         return Step(view.groups, view.stride, self.in_block, self.out_block, weight, bias)
@@ -84,7 +86,7 @@ class ButterflyLinear(FeatureMixer):
     @torch.jit.unused
     def steps(self) -> list[Step]:
         """One product for each factor."""
-        return steps_of(self.factors)
+        return steps_of(self.factors) if type(self) is ButterflyLinear else []
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (in_features, rows) -> out_features in natural order, leading axes split, rows last.

@@ -33,9 +33,9 @@ class DenseMlp(FeatureMixer):
 
     @torch.jit.unused
     def steps(self) -> list[Step]:
-        """One block of all features."""
+        """One block of all features; none where a subclass may compute something else, as in all `steps` here."""
         step = mlp_step(part(self, "fc1"), part(self, "drop"), part(self, "fc2"))
-        return [] if step is None else [step]
+        return [] if step is None or type(self) is not DenseMlp else [step]
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
@@ -86,6 +86,8 @@ class MonarchMlp(FeatureMixer):
         first, second = self.fc1.steps(), self.fc2.steps()
         if not (first and second and is_idle(self.drop)) or is_hooked(self.fc1) or is_hooked(self.fc2):
             return []
+        if type(self) is not MonarchMlp:
+            return []
         return [*first[:-1], first[-1]._replace(activate=True), *second]
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
@@ -131,7 +133,7 @@ class BlockMlp(nn.Module):
     def step(self) -> Step | None:
         """The level for `native.mix`, or None where something of it has to be called."""
         view, fc1, fc2, drop = part(self, "view"), part(self, "fc1"), part(self, "fc2"), part(self, "drop")
-        if view.permute is not None or is_hooked(self) or not is_idle(drop):
+        if type(self) is not BlockMlp or view.permute is not None or is_hooked(self) or not is_idle(drop):
             return None
         if type(fc1) is not BlockLinear or is_hooked(fc1) or type(fc2) is not BlockLinear or is_hooked(fc2):
             return None
@@ -186,7 +188,7 @@ class ButterflyMlp(FeatureMixer):
     @torch.jit.unused
     def steps(self) -> list[Step]:
         """One MLP of blocks for each level."""
-        return steps_of(self.levels)
+        return steps_of(self.levels) if type(self) is ButterflyMlp else []
 
     def mix_levels(self, x: Tensor, features_last: bool = False) -> Tensor:
         """Features first: (n, rows) -> n features in natural order, leading axes split, rows last.
