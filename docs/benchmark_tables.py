@@ -88,6 +88,9 @@ def _marked(folder: Path) -> dict[str, tuple[float, float]]:
     for record in _records("twins", folder=folder):
         if record["backend"] == "fused" and record["reach"]:
             found["{work}, {batch}".format(**record)] = record
+    for record in _records("equals", folder=folder):
+        if record["backend"] == "fused":
+            found["{work} beside {against}, {batch}".format(**record)] = record
     return {work: (record["reach"], record["faster"]) for work, record in found.items()}
 
 

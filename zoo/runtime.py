@@ -143,8 +143,12 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         # Else its threads wait actively for a while after each run, and hold up decoding, or another session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # On a CPU a sum and the LayerNorm behind it, fused to one, take four times as long.
+        slow = ["SkipLayerNormFusion"] if len(providers) == 1 else []
         try:
-            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+            self.session = onnxruntime.InferenceSession(
+                os.fspath(path), options, providers=providers, disabled_optimizers=slow
+            )
         except Exception as error:
             raise DimmixError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from error
         metadata = self.session.get_modelmeta().custom_metadata_map
