@@ -1,4 +1,4 @@
-"""The same function in other weights, for inference: BatchNorm folded into convolutions, small groups merged.
+"""The same function in other weights, for inference: BatchNorm folded, small groups merged, patches of whole pixels.
 
 Layout: the weights of convolutions are channels_last. Convolutions of such images want them so, and torch would copy
 them in each call.
@@ -7,11 +7,12 @@ them in each call.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
-from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm
+from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm, PixelFold
+from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -58,6 +59,49 @@ def convolve_levels(model: nn.Module, least: int) -> nn.Module:
             if isinstance(mlp, ButterflyMlp) and len(mlp.schedule) > 1 and _merges(mlp.schedule, least):
                 setattr(parent, name, ConvButterflyMlp(mlp))
     return model
+
+
+def pixels_last(model: nn.Module) -> nn.Module:
+    """A copy of a Patch-Only Mixer whose steps work on images (B, H, W, C); of another model a copy.
+
+    A patch holds its pixels one after the other then, and what norms and MLPs know of its values goes along.
+    """
+    model = copy.deepcopy(model)
+    if isinstance(model, PatchOnlyMixer):
+        for module in model.modules():
+            if isinstance(module, PatchStep):
+                _turn_values(module)
+        model.stem = nn.Sequential(model.stem, _PixelsLast())
+        model.head_fold = _HeadFold(model.head_fold)
+    return model
+
+
+@torch.no_grad()
+def _turn_values(step: PatchStep) -> None:
+    step.fold = PixelFold(step.fold)
+    order, mlp = step.fold.order, step.mlp
+    of_values = [mlp.fc2.weight, mlp.fc2.bias]
+    for norm in (step.norm, step.across_norm):
+        of_values += norm.parameters()
+    for parameter in of_values:
+        parameter.copy_(parameter[order])
+    mlp.fc1.weight.copy_(mlp.fc1.weight[:, order])
+
+
+class _PixelsLast(nn.Module):
+    """(B, C, H, W) -> (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class _HeadFold(PixelFold):
+    """Gives the values of a patch in the order that the head, and who asks for features, know."""
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, num_patches, C * p * p)."""
+        x = super().unfold(x)
+        return x.unflatten(2, [-1, self.channels]).transpose(2, 3).flatten(2) if self.patch_size > 1 else x
 
 
 def _merges(schedule: ButterflySchedule, least: int) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import dimmix  # noqa: F401
-from dimmix.fuse import convolve_levels, fuse, merge_groups
-from dimmix.layers import ButterflyMlp, ConvButterflyMlp
+from dimmix.fuse import convolve_levels, fuse, merge_groups, pixels_last
+from dimmix.layers import ButterflyMlp, ConvButterflyMlp, PatchFold, PixelFold
 
 
 def _trained_a_little(name):
@@ -98,3 +98,37 @@ def test_a_butterfly_of_convolutions_gives_the_same_whatever_comes_first(residua
     x = torch.randn(10, 192, dtype=torch.float64)
     for got in (conv(x), conv.mix_exported(x), conv.mix(x.t()).flatten(0, -2).t(), conv.mix(x.t(), True)):
         torch.testing.assert_close(got, mlp(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_fold_of_pixels_has_the_same_patches_in_its_own_order(stride):
+    plain = PatchFold(3, (12, 8), 2, stride)
+    fold = PixelFold(plain)
+    x = torch.randn(2, 3, 12, 8)
+    pixels = x.permute(0, 2, 3, 1)
+    assert torch.equal(fold.unfold(pixels), plain.unfold(x)[:, :, fold.order])
+    assert torch.equal(fold.fold(fold.unfold(pixels)), pixels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patch_only_mixer_paper_d7",
+        "patch_only_mixer_tiny_32_dense",
+        "patch_only_mixer_strided_32_dense",
+        "patch_only_mixer_strided_tiny_32",
+    ],
+)
+def test_steps_on_pixels_give_the_same(name):
+    model = fuse(_trained_a_little(name))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias, -1.0, 1.0)
+    turned = pixels_last(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(turned(x), model(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(turned.forward_features(x), model.forward_features(x), rtol=1e-10, atol=1e-10)
+    assert any(isinstance(module, PixelFold) for module in turned.modules())
+    assert not any(isinstance(module, PixelFold) for module in model.modules())
