@@ -78,14 +78,12 @@ def pixels_last(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _turn_values(step: PatchStep) -> None:
-    step.fold = PixelFold(step.fold)
-    order, mlp = step.fold.order, step.mlp
-    of_values = [mlp.fc2.weight, mlp.fc2.bias]
+    step.fold, mlp = step.pixels, step.mlp
+    of_values = [(mlp.fc1.weight, 1), (mlp.fc2.weight, 0), (mlp.fc2.bias, 0)]
     for norm in (step.norm, step.across_norm):
-        of_values += norm.parameters()
-    for parameter in of_values:
-        parameter.copy_(parameter[order])
-    mlp.fc1.weight.copy_(mlp.fc1.weight[:, order])
+        of_values += [(parameter, 0) for parameter in norm.parameters()]
+    for parameter, dim in of_values:
+        parameter.copy_(step.pixels.turned(parameter, dim))
 
 
 class _PixelsLast(nn.Module):

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
-from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
+from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold, PixelFold
 from .layers.eager import is_hooked, is_idle, part
 from .layers.native_branches import ACROSS, PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
+from .layers.pointwise import is_as_built, linear
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -75,7 +76,7 @@ class PatchStep(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.fold = fold
+        self.fold, self.pixels = fold, PixelFold(fold)
         self.norm = nn.LayerNorm(fold.values, **dd)
         self.mlp = DenseMlp(fold.values, ratio, drop, **dd)
         self.across_norm = nn.LayerNorm(fold.values, **dd) if across else nn.Identity()
@@ -88,11 +89,41 @@ class PatchStep(nn.Module):
             y = by_kernel(x, self.branches)
             if y is not None:
                 return y
+            if self._is_as_built():
+                return self._on_pixels(x)
         x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x)))))
         if self.across is not None:
             patches = self.across_norm(self.fold.unfold(x)).transpose(1, 2)
             x = x + self.fold.fold(self.drop_path(self.across(patches).transpose(1, 2)))
         return x
+
+    @torch.jit.unused
+    def _is_as_built(self) -> bool:
+        """Whether weights say all of the MLP in a patch and of the norms, so that nothing of them has to be called."""
+        norms = [self.norm] if self.across is None else [self.norm, self.across_norm]
+        if type(self.fold) is not PatchFold or type(self.mlp) is not DenseMlp:
+            return False
+        if any(type(norm) is not nn.LayerNorm for norm in norms) or any(map(is_hooked, [self.fold, self.mlp, *norms])):
+            return False
+        return is_as_built(self.mlp.fc1) and is_as_built(self.mlp.fc2)
+
+    @torch.jit.unused
+    def _on_pixels(self, x: Tensor) -> Tensor:
+        """`forward` in channels_last, where patches are cut of whole pixels and the weights turned to match."""
+        pixels, fc1, fc2 = self.pixels, self.mlp.fc1, self.mlp.fc2
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        hidden = F.gelu(linear(self._normed(self.norm, pixels.unfold(x)), pixels.turned(fc1.weight, 1), fc1.bias))
+        y = linear(self.mlp.drop(hidden), pixels.turned(fc2.weight), pixels.turned(fc2.bias))
+        x = x + pixels.fold(self.drop_path(y))
+        if self.across is not None:
+            patches = self._normed(self.across_norm, pixels.unfold(x)).transpose(1, 2)
+            x = x + pixels.fold(self.drop_path(self.across(patches).transpose(1, 2)))
+        return x.permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def _normed(self, norm: Any, patches: Tensor) -> Tensor:
+        weight, bias = (self.pixels.turned(parameter) for parameter in (norm.weight, norm.bias))
+        return F.layer_norm(patches, norm.normalized_shape, weight, bias, norm.eps)
 
     @torch.jit.unused
     def branches(self) -> list[Branch]:

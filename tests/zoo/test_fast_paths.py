@@ -15,6 +15,7 @@ from dimmix.layers import (
     DenseMlp,
     Linear,
     MonarchMlp,
+    PatchFold,
     block_linear,
     butterfly_attention,
     gather_groups,
@@ -22,6 +23,7 @@ from dimmix.layers import (
 )
 from dimmix.layers.permute import transpose_last
 from dimmix.layers.pointwise import to_pixels, to_rows
+from dimmix.patch_only_mixer import PatchStep
 
 SIZES = [(64, 8), (121, 11), (64, 4), (24, 4), (12, 2), (10, 10)]
 
@@ -180,3 +182,26 @@ def test_a_fused_model_is_the_same_function_without_a_batch_norm(name):
         assert (fused(x) - model.eval()(x)).abs().max() < 1e-5
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("channels", "size", "side", "stride"), [(3, (10, 15), 5, 1), (4, (8, 16), 2, 4)])
+def test_patches_of_whole_pixels_are_the_patches_of_the_paper(channels, size, side, stride, across):
+    step = PatchStep(PatchFold(channels, size, side, stride), 2, across, 0.0, 0.0)
+    for parameter in step.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, channels, *size, requires_grad=True)
+    y = step(x)
+    actual = torch.autograd.grad((y**2).sum(), [x, *step.parameters()])
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    plain = x + step.fold.fold(step.mlp(step.norm(step.fold.unfold(x))))
+    if across:
+        patches = step.across_norm(step.fold.unfold(plain)).transpose(1, 2)
+        plain = plain + step.fold.fold(step.across(patches).transpose(1, 2))
+    expected = torch.autograd.grad((plain**2).sum(), [x, *step.parameters()])
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    seen = []
+    step.norm.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(step(x), plain, rtol=1e-12, atol=1e-12)
+    assert seen == [1]

@@ -1,6 +1,5 @@
 """Images to patches and back, without overlap and without padding: views and one copy each way."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -50,7 +49,7 @@ class PatchFold(nn.Module):
 class PixelFold(PatchFold):
     """A PatchFold of images (B, H, W, C), whose patches hold their values in the order (row, column, channel).
 
-    For runtimes that move whole pixels faster than single numbers (`fuse.pixels_last`).
+    Whole pixels are moved several times as fast as single numbers.
 
     Args:
         fold: of the same images and patches.
@@ -60,12 +59,9 @@ class PixelFold(PatchFold):
         span = fold.patch_size * fold.stride
         super().__init__(fold.channels, (fold.rows * span, fold.columns * span), fold.patch_size, fold.stride)
 
-    @property
-    def order(self) -> Tensor:
-        """Where `PatchFold` has each value of a patch, (values,)."""
-        return (
-            torch.arange(self.values).view(self.channels, self.patch_size, self.patch_size).permute(1, 2, 0).flatten()
-        )
+    def turned(self, weight: Tensor, dim: int = 0) -> Tensor:
+        """A weight whose axis `dim` are the values of a patch, from the order of `PatchFold` to this one."""
+        return weight.unflatten(dim, [self.channels, -1]).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
     def unfold(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, num_patches, p * p * C)."""
