@@ -62,15 +62,15 @@ def convolve_levels(model: nn.Module, least: int) -> nn.Module:
 
 
 def pixels_last(model: nn.Module) -> nn.Module:
-    """A copy of a Patch-Only Mixer whose steps work on images (B, H, W, C); of another model a copy.
+    """A copy of a Patch-Only Mixer whose steps work on images (B, H, W, C); no more than a copy of any other model.
 
     A patch holds its pixels one after the other then, and what norms and MLPs know of its values goes along.
     """
     model = copy.deepcopy(model)
-    if isinstance(model, PatchOnlyMixer):
-        for module in model.modules():
-            if isinstance(module, PatchStep):
-                _turn_values(module)
+    steps = [module for module in model.modules() if isinstance(module, PatchStep)]
+    if isinstance(model, PatchOnlyMixer) and all(step.weights_say_all() for step in steps):
+        for step in steps:
+            _turn_values(step)
         model.stem = nn.Sequential(model.stem, _PixelsLast())
         model.head_fold = _HeadFold(model.head_fold)
     return model

@@ -89,7 +89,7 @@ class PatchStep(nn.Module):
             y = by_kernel(x, self.branches)
             if y is not None:
                 return y
-            if self._is_as_built():
+            if self.weights_say_all():
                 return self._on_pixels(x)
         x = x + self.fold.fold(self.drop_path(self.mlp(self.norm(self.fold.unfold(x)))))
         if self.across is not None:
@@ -98,12 +98,14 @@ class PatchStep(nn.Module):
         return x
 
     @torch.jit.unused
-    def _is_as_built(self) -> bool:
-        """Whether weights say all of the MLP in a patch and of the norms, so that nothing of them has to be called."""
+    def weights_say_all(self) -> bool:
+        """Whether the norms and the MLP in a patch are as they were built, so that none of them has to be called."""
         norms = [self.norm] if self.across is None else [self.norm, self.across_norm]
-        if type(self.fold) is not PatchFold or type(self.mlp) is not DenseMlp:
+        if type(self) is not PatchStep or type(self.fold) is not PatchFold or type(self.mlp) is not DenseMlp:
             return False
-        if any(type(norm) is not nn.LayerNorm for norm in norms) or any(map(is_hooked, [self.fold, self.mlp, *norms])):
+        if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
+            return False
+        if any(map(is_hooked, [self.fold, self.mlp, *norms])):
             return False
         return is_as_built(self.mlp.fc1) and is_as_built(self.mlp.fc2)
 

@@ -133,3 +133,14 @@ def test_steps_on_pixels_give_the_same(name):
     torch.testing.assert_close(turned.forward_features(x), model.forward_features(x), rtol=1e-10, atol=1e-10)
     assert type(turned.blocks[0][0].fold) is PixelFold
     assert type(model.blocks[0][0].fold) is PatchFold
+
+
+@torch.no_grad()
+def test_steps_that_were_altered_stay_as_they_are():
+    model = timm.create_model("patch_only_mixer_tiny_32", num_classes=3).eval()
+    model.blocks[1][0].norm = nn.LayerNorm(model.blocks[1][0].fold.values, bias=False)
+    x = torch.randn(2, 3, 32, 32)
+    copied = pixels_last(model)
+    assert copied is not model
+    assert type(copied.blocks[0][0].fold) is PatchFold
+    torch.testing.assert_close(copied(x), model(x))
