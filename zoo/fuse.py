@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
-from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm, PixelFold
+from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
@@ -78,12 +78,13 @@ def pixels_last(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _turn_values(step: PatchStep) -> None:
-    step.fold, mlp = step.pixels, step.mlp
+    mlp, turned = step.mlp, step.fold.turned
     of_values = [(mlp.fc1.weight, 1), (mlp.fc2.weight, 0), (mlp.fc2.bias, 0)]
     for norm in (step.norm, step.across_norm):
         of_values += [(parameter, 0) for parameter in norm.parameters()]
     for parameter, dim in of_values:
-        parameter.copy_(step.pixels.turned(parameter, dim))
+        parameter.copy_(turned(parameter, dim))
+    step.fold = _PixelFold(step.fold)
 
 
 class _PixelsLast(nn.Module):
@@ -93,12 +94,28 @@ class _PixelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-class _HeadFold(PixelFold):
+class _PixelFold(PatchFold):
+    """A PatchFold for images (B, H, W, C)."""
+
+    def __init__(self, fold: PatchFold) -> None:
+        span = fold.patch_size * fold.stride
+        super().__init__(fold.channels, (fold.rows * span, fold.columns * span), fold.patch_size, fold.stride)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, num_patches, p * p * C)."""
+        return self.unfold_pixels(x)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(B, num_patches, p * p * C) -> (B, H, W, C)."""
+        return self.fold_pixels(x)
+
+
+class _HeadFold(_PixelFold):
     """Gives the values of a patch in the order that the head, and who asks for features, know."""
 
     def unfold(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, num_patches, C * p * p)."""
-        x = super().unfold(x)
+        x = self.unfold_pixels(x)
         return x.unflatten(2, [-1, self.channels]).transpose(2, 3).flatten(2) if self.patch_size > 1 else x
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
-from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold, PixelFold
+from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
 from .layers.eager import is_hooked, is_idle, part
 from .layers.native_branches import ACROSS, PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
 from .layers.pointwise import is_as_built, linear
@@ -76,7 +76,7 @@ class PatchStep(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.fold, self.pixels = fold, PixelFold(fold)
+        self.fold = fold
         self.norm = nn.LayerNorm(fold.values, **dd)
         self.mlp = DenseMlp(fold.values, ratio, drop, **dd)
         self.across_norm = nn.LayerNorm(fold.values, **dd) if across else nn.Identity()
@@ -112,20 +112,21 @@ class PatchStep(nn.Module):
     @torch.jit.unused
     def _on_pixels(self, x: Tensor) -> Tensor:
         """`forward` in channels_last, where patches are cut of whole pixels and the weights turned to match."""
-        pixels, fc1, fc2 = self.pixels, self.mlp.fc1, self.mlp.fc2
+        fold, fc1, fc2 = self.fold, self.mlp.fc1, self.mlp.fc2
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        hidden = F.gelu(linear(self._normed(self.norm, pixels.unfold(x)), pixels.turned(fc1.weight, 1), fc1.bias))
-        y = linear(self.mlp.drop(hidden), pixels.turned(fc2.weight), pixels.turned(fc2.bias))
-        x = x + pixels.fold(self.drop_path(y))
+        hidden = F.gelu(linear(self._normed(self.norm, x), fold.turned(fc1.weight, 1), fc1.bias))
+        y = linear(self.mlp.drop(hidden), fold.turned(fc2.weight), fold.turned(fc2.bias))
+        x = x + fold.fold_pixels(self.drop_path(y))
         if self.across is not None:
-            patches = self._normed(self.across_norm, pixels.unfold(x)).transpose(1, 2)
-            x = x + pixels.fold(self.drop_path(self.across(patches).transpose(1, 2)))
+            patches = self._normed(self.across_norm, x).transpose(1, 2)
+            x = x + fold.fold_pixels(self.drop_path(self.across(patches).transpose(1, 2)))
         return x.permute(0, 3, 1, 2)
 
     @torch.jit.unused
-    def _normed(self, norm: Any, patches: Tensor) -> Tensor:
-        weight, bias = (self.pixels.turned(parameter) for parameter in (norm.weight, norm.bias))
-        return F.layer_norm(patches, norm.normalized_shape, weight, bias, norm.eps)
+    def _normed(self, norm: Any, x: Tensor) -> Tensor:
+        """The patches of x, (B, H, W, C), after a norm."""
+        weight, bias = (self.fold.turned(parameter) for parameter in (norm.weight, norm.bias))
+        return F.layer_norm(self.fold.unfold_pixels(x), norm.normalized_shape, weight, bias, norm.eps)
 
     @torch.jit.unused
     def branches(self) -> list[Branch]:

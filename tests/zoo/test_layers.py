@@ -231,6 +231,17 @@ def test_strided_patches_are_the_pixels_so_far_apart():
         PatchFold(3, (8, 12), 2, stride=4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_patches_of_whole_pixels_have_the_same_values_in_an_order_of_their_own(stride):
+    fold = PatchFold(3, (12, 8), 2, stride)
+    x = torch.randn(2, 3, 12, 8)
+    pixels = x.permute(0, 2, 3, 1)
+    order = fold.turned(torch.arange(12))
+    assert order.tolist() == [4 * channel + pixel for pixel in range(4) for channel in range(3)]
+    assert torch.equal(fold.unfold_pixels(pixels), fold.unfold(x)[:, :, order])
+    assert torch.equal(fold.fold_pixels(fold.unfold_pixels(pixels)), pixels)
+
+
 def test_permute_undoes_itself_and_refuses_what_is_no_permutation():
     permute = Permute([2, 0, 1], dim=1)
     x = torch.tensor([[10, 11, 12]])

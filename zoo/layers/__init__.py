@@ -6,7 +6,7 @@ from .butterfly_conv import ChannelTranspose, gather_groups, scatter_groups
 from .butterfly_linear import ButterflyFactor, ButterflyLinear
 from .butterfly_mlp import BlockMlp, ButterflyMlp, ConvButterflyMlp, DenseMlp, MonarchMlp, mlp_step
 from .conv_norm import ConvNorm
-from .patch_fold import PatchFold, PixelFold
+from .patch_fold import PatchFold
 from .permute import Permute, random_order
 from .pointwise import Linear
 from .sparse_linear import SparseLinear
@@ -30,7 +30,6 @@ __all__ = [
     "MonarchMlp",
     "PatchFold",
     "Permute",
-    "PixelFold",
     "SparseLinear",
     "TokenStem",
     "gather_groups",

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class PatchFold(nn.Module):
     """Cuts an image into square patches, and puts the patches together again.
 
-    A patch holds its values in the order (channel, row, column), as `torch.nn.functional.unfold` gives them.
+    A patch holds its values in the order (channel, row, column), as `torch.nn.functional.unfold` gives them. Of images
+    whose channels come last it may be had in the order (row, column, channel): whole pixels move several times as fast.
 
     Args:
         channels: C of the image.
@@ -42,28 +43,11 @@ class PatchFold(nn.Module):
         x = x.permute(0, 5, 1, 6, 2, 3, 7, 4)
         return x.reshape(-1, self.channels, self.rows * p * s, self.columns * p * s)
 
-    def extra_repr(self) -> str:
-        return f"{self.rows}x{self.columns} patches of {self.patch_size}x{self.patch_size}, {self.channels} channels"
-
-
-class PixelFold(PatchFold):
-    """A PatchFold of images (B, H, W, C), whose patches hold their values in the order (row, column, channel).
-
-    Whole pixels are moved several times as fast as single numbers.
-
-    Args:
-        fold: of the same images and patches.
-    """
-
-    def __init__(self, fold: PatchFold) -> None:
-        span = fold.patch_size * fold.stride
-        super().__init__(fold.channels, (fold.rows * span, fold.columns * span), fold.patch_size, fold.stride)
-
     def turned(self, weight: Tensor, dim: int = 0) -> Tensor:
-        """A weight whose axis `dim` are the values of a patch, from the order of `PatchFold` to this one."""
+        """A weight whose axis `dim` are the values of a patch, for patches in the order of `unfold_pixels`."""
         return weight.unflatten(dim, [self.channels, -1]).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
-    def unfold(self, x: Tensor) -> Tensor:
+    def unfold_pixels(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, num_patches, p * p * C)."""
         p, s = self.patch_size, self.stride
         if s == 1:
@@ -72,7 +56,7 @@ class PixelFold(PatchFold):
             x = x.reshape(-1, self.rows, p, s, self.columns, p, s, self.channels).permute(0, 1, 3, 4, 6, 2, 5, 7)
         return x.reshape(-1, self.num_patches, self.values)
 
-    def fold(self, x: Tensor) -> Tensor:
+    def fold_pixels(self, x: Tensor) -> Tensor:
         """(B, num_patches, p * p * C) -> (B, H, W, C)."""
         p, s = self.patch_size, self.stride
         if s == 1:
@@ -80,3 +64,6 @@ class PixelFold(PatchFold):
         else:
             x = x.reshape(-1, self.rows, s, self.columns, s, p, p, self.channels).permute(0, 1, 5, 2, 3, 6, 4, 7)
         return x.reshape(-1, self.rows * p * s, self.columns * p * s, self.channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}x{self.columns} patches of {self.patch_size}x{self.patch_size}, {self.channels} channels"
