@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
-from .layers import ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold
+from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
@@ -56,7 +56,9 @@ def convolve_levels(model: nn.Module, least: int) -> nn.Module:
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, mlp in parent.named_children():
-            if isinstance(mlp, ButterflyMlp) and len(mlp.schedule) > 1 and _merges(mlp.schedule, least):
+            if type(mlp) is not ButterflyMlp or any(type(level) is not BlockMlp for level in mlp.levels):
+                continue
+            if len(mlp.schedule) > 1 and _merges(mlp.schedule, least):
                 setattr(parent, name, ConvButterflyMlp(mlp))
     return model
 

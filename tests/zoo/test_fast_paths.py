@@ -117,6 +117,24 @@ def test_layers_that_take_convolutions_are_the_same_functions(monkeypatch, convo
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("make", [lambda: ButterflyMlp(64, 8), lambda: ButterflyLinear(64, 64, 8)])
+def test_a_part_that_computes_something_else_is_called(monkeypatch, make):
+    monkeypatch.setattr(block_linear, "GROUP_MACS", 0)
+    monkeypatch.setattr(pointwise, "FEWEST_ROWS", 16)
+    layer, x = make().float().eval(), torch.randn(32, 64, dtype=torch.float32)
+    part = layer.levels[1] if isinstance(layer, ButterflyMlp) else layer.factors[1]
+
+    class Doubling(type(part)):
+        def forward(self, x, features_last=False):
+            return 2 * super().forward(x, features_last)
+
+    expected = layer(x).detach()
+    with torch.no_grad():
+        assert (layer(x) - expected).abs().max() < 1e-5
+        part.__class__ = Doubling
+        assert (layer(x) - 2 * expected).abs().max() < 1e-5
+
+
 def test_what_folds_into_pixels():
     x = torch.randn(256, 4, dtype=torch.float32)
     assert not pointwise.folds_into_pixels(x)  # gradients are wanted

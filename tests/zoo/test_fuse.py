@@ -133,3 +133,10 @@ def test_steps_that_were_altered_stay_as_they_are():
     assert copied is not model
     assert type(copied.blocks[0][0].fold) is PatchFold
     torch.testing.assert_close(copied(x), model(x))
+
+
+def test_a_level_that_computes_something_else_is_not_made_of_convolutions():
+    mlp = ButterflyMlp(64, 16)
+    assert type(convolve_levels(nn.Sequential(mlp), 16)[0]) is ConvButterflyMlp
+    mlp.levels[0].__class__ = type("Other", (type(mlp.levels[0]),), {})
+    assert type(convolve_levels(nn.Sequential(mlp), 16)[0]) is ButterflyMlp

@@ -168,6 +168,12 @@ class FeatureMixer(nn.Module):
         return self.mix_levels(x.t()).flatten(0, -2).t()
 
     @torch.jit.unused
+    def _is_as_built(self) -> bool:
+        """Whether nothing watches a part, and none is of a class from elsewhere, which may compute something else."""
+        homes = (__package__.partition(".")[0], "torch")
+        return not any(is_hooked(m) or type(m).__module__.partition(".")[0] not in homes for m in self.modules())
+
+    @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
         y = self.mix_natively(x.t(), True)
         if y is not None:
@@ -176,7 +182,7 @@ class FeatureMixer(nn.Module):
             if torch.compiler.is_exporting():
                 return self.mix_exported(x)
             return self.mix_levels(x.t(), True)
-        if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x) and not any(map(is_hooked, self.modules())):
+        if self.block**2 * len(x) >= GROUP_MACS and folds_into_pixels(x) and self._is_as_built():
             return to_rows(self.mix_pixels(to_pixels(x)))
         if x.numel() <= SMALL:
             return self.mix_levels(x.t()).flatten(0, -2).t()
