@@ -75,8 +75,8 @@ def _equal(top1: float, dense: dict[str, float]) -> str:
 
 
 def _last_trained() -> list[Card]:
-    """Cards for CIFAR-10 of the last training of each model, bundled or not."""
-    return [card for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10"]
+    """Cards for CIFAR-10 of the last training of each model from random weights, bundled or not."""
+    return [card for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10" and not card.started_from]
 
 
 def _accuracies_alike() -> dict[str, float]:

@@ -31,7 +31,8 @@ class Card:
     `size` is in bytes, `dtype` a torch name (`"float32"`), `macs` multiply-accumulates for one image, `input_size`
     `(C, H, W)`; `top1`, `top5` and `per_class_accuracy` are in percent, the last None for a class without images, `nll`
     in nats, `ece` a fraction; `papers` are arXiv ids. `model_args` are the keyword arguments in which the model differs
-    from its architecture's own; the bundled ones have none.
+    from its architecture's own; the bundled ones have none. `started_from` is the checkpoint that training began with,
+    so that `epochs` and `train_minutes` come on top of its own; empty for random weights.
     """
 
     architecture: str
@@ -70,6 +71,7 @@ class Card:
     papers: tuple[str, ...]
     notes: str
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    started_from: str = dataclasses.field(default_factory=str)
 
     @property
     def name(self) -> str:

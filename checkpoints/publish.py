@@ -144,6 +144,7 @@ def _readme(card: Card, repository: str) -> str:
         pipeline_tag=task,
         tags=[task, "timm", "transformers", "dimmix", *(f"arxiv:{paper}" for paper in card.papers)],
         datasets=[card.dataset],
+        base_model=_base_model(card),
         metrics=["accuracy"],
         model_name=card.name,
         eval_results=[
@@ -159,12 +160,21 @@ def _readme(card: Card, repository: str) -> str:
         "Input": f"{' x '.join(map(str, card.input_size))}, {card.interpolation}",
         "Classes": ", ".join(card.labels) if len(card.labels) <= 20 else str(len(card.labels)),
         "Training": f"{card.epochs} epochs, seed {card.seed}, {card.train_minutes:.1f} minutes on {card.hardware}",
+        "Started from": f"`{card.started_from}`" if card.started_from else "",
         "Command": f"`{card.command}`",
         "Papers": ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in card.papers),
         "sha256": f"`{card.sha256}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     return README.format(metadata=metadata.to_yaml(), card=card, table=table, repository=repository)
+
+
+def _base_model(card: Card) -> str | None:
+    """The repository of the checkpoint that training started from, where it has one."""
+    start = find_card(card.started_from)
+    if start is not None:
+        return start.hub_id
+    return card.started_from.removeprefix("hf-hub:") if card.started_from.startswith("hf-hub:") else None
 
 
 README = """---

@@ -126,8 +126,12 @@ def _name(card: Card) -> str:
     return f"`{card.name}`" + " †" * (card.name not in cards())
 
 
+def _epochs(card: Card) -> str:
+    return f"{card.epochs} epochs" + f" more than `{card.started_from}`" * bool(card.started_from)
+
+
 def _draw_accuracy(found: list[Card]) -> None:
-    """Top-1 against MACs, a panel a data set."""
+    """Top-1 against MACs, a panel a data set; without what was trained on, which no twin was."""
     datasets = sorted({card.dataset for card in found})
     width, height = plots.COSTS_SIZE
     figure, panels = plots.plt.subplots(
@@ -135,7 +139,7 @@ def _draw_accuracy(found: list[Card]) -> None:
     )
     for dataset, axes in zip(datasets, panels.flat, strict=True):
         plots.draw_costs(
-            axes, {card.architecture: (card.macs / 1e6, card.top1) for card in found if card.dataset == dataset}
+            axes, {card.architecture: (card.macs / 1e6, card.top1) for card in found if card.tag == dataset}
         )
         axes.set(xlabel="million multiply-accumulates an image", ylabel=f"top-1 on {dataset}, %")
     figure.savefig(ROOT / "docs" / "accuracy_macs.png", dpi=120)
@@ -152,7 +156,7 @@ def _table(found: list[Card], short: bool = False) -> str:
         "params": lambda card: f"{card.params:,}",
         "MMACs": lambda card: f"{card.macs / 1e6:.1f}",
         "ms, 64 images": lambda card: f"{latency[card.architecture]:.1f}" if card.architecture in latency else "",
-        "trained": lambda card: f"{card.epochs} epochs, {card.train_minutes:.0f} min",
+        "trained": lambda card: f"{_epochs(card)}, {card.train_minutes:.0f} min",
     }
     if short:
         columns = {name: columns[name] for name in ("model", "top-1 %", "params", "MMACs", "ms, 64 images")}
@@ -162,8 +166,8 @@ def _table(found: list[Card], short: bool = False) -> str:
 def _beside_twins(found: list[Card]) -> str:
     """What each sparse model gains and loses on its dense twin, where both are trained."""
     latency = benchmark_tables.latency()
-    known = {(card.dataset, card.architecture): card for card in found}
-    twins = [(card, known.get((card.dataset, dense_twin(card.name)))) for card in _best_first(found)]
+    known = {(card.tag, card.architecture): card for card in found}
+    twins = [(card, known.get((card.tag, dense_twin(card.name)))) for card in _best_first(found)]
     pairs = [(card, twin) for card, twin in twins if twin]
     assert all(card.epochs == twin.epochs and card.teacher == twin.teacher for card, twin in pairs), "not trained alike"
 
@@ -249,7 +253,7 @@ def _model_card(found: list[Card]) -> str:
         ],
     )
     training = "\n".join(
-        f"- `{card.name}`: seed {card.seed}, {card.epochs} epochs, "
+        f"- `{card.name}`: seed {card.seed}, {_epochs(card)}, "
         f"{f'taught by {card.teacher} on the same images, ' if card.teacher else ''}"
         f"{card.train_minutes:.1f} minutes at {card.images_per_second:.0f} images/s on {card.hardware}; "
         f"`{card.command}`."

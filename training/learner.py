@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dimmix.checkpoints import Card, find
+from dimmix.checkpoints.lookup import find_card
 from dimmix.errors import DimmixError
 
 from . import teacher as _registers_the_teacher  # noqa: F401
@@ -166,10 +167,12 @@ def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def knows_every_row(recipe: Recipe) -> bool:
-    """Whether a card beside the teacher's weights says that it learnt from the rows which `--split val` holds back."""
-    path = find(recipe.teacher_weights).with_suffix(".json")
-    if not path.is_file():
-        return False
-    card = Card.read(path)
-    return card.dataset == recipe.data.name and card.split != "val"
+def who_know_every_row(recipe: Recipe) -> list[str]:
+    """Those whose cards say that they have learnt from the rows which `--split val` holds back."""
+    known = {}
+    beside = find(recipe.teacher_weights).with_suffix(".json") if recipe.teacher else None
+    if beside and beside.is_file():
+        known["the teacher"] = Card.read(beside)
+    if start := find_card(recipe.started_from):
+        known["the checkpoint to start from"] = start
+    return [who for who, card in known.items() if card.dataset == recipe.data.name and card.split != "val"]

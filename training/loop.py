@@ -17,7 +17,7 @@ from dimmix.errors import DimmixError, Interrupted
 
 from .augment import Batches
 from .data import Images, load_images
-from .learner import Learner, knows_every_row, predict
+from .learner import Learner, predict, who_know_every_row
 from .lessons import Lessons, lessons_folder
 from .processes import Processes, join_processes
 from .recipe import Recipe, parse_recipe
@@ -110,10 +110,8 @@ class Run:
         self.position = self._resume()
         quiet = options.quiet or processes.rank > 0
         self.reporter = Reporter(options.folder / LOG, self.steps, self.position.step, quiet)
-        if options.split == "val" and recipe.teacher and knows_every_row(recipe):
-            self.reporter.say(
-                "the teacher has learnt the held-back rows too: compare these figures with their like only"
-            )
+        for who in who_know_every_row(recipe) if options.split == "val" else ():
+            self.reporter.say(f"{who} has learnt the held-back rows too: compare these figures with their like only")
 
     def train(self) -> bool:
         """Steps to the end of the recipe (True), or until the user or the clock stops it (False)."""

@@ -132,6 +132,14 @@ class Recipe:
         return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)).as_posix()
 
     @property
+    def started_from(self) -> str:
+        """The checkpoint that training begins with, a file or folder by its name alone; empty for random weights."""
+        local = self.model.args.get("checkpoint_path")
+        if self.model.name.startswith("local-dir:"):
+            local = self.model.name.removeprefix("local-dir:")
+        return Path(local).name if local else self.model.name * bool(self.model.args.get("pretrained"))
+
+    @property
     def teacher_weights(self) -> str:
         """What `dimmix.checkpoints.find` takes for the teacher's weights."""
         assert self.teacher

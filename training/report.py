@@ -128,6 +128,7 @@ def write_checkpoint(
         papers=recipe.about.papers,
         notes=recipe.about.notes,
         model_args={key: value for key, value in recipe.model.args.items() if key not in NOT_MODEL_ARGS},
+        started_from=recipe.started_from,
         **facts,
     )
     write_atomically(path.parent / card.file, weights)

@@ -69,6 +69,19 @@ def test_the_readme_carries_metadata_and_results(published):
     assert 'timm.create_model("hf-hub:someone/mine", pretrained=True)' in card.text
 
 
+@pytest.mark.parametrize(
+    ("started_from", "base_model"),
+    [("toy_net", "dimmix/toy_net.cifar10"), ("hf-hub:me/net", "me/net"), ("mine.safetensors", None), ("", None)],
+)
+def test_the_readme_says_what_training_started_from(trained, bundle, tmp_path, started_from, base_model):
+    bundle(weights())
+    card, file = publish.open_source(str(trained[0]))
+    publish.write_folder(dataclasses.replace(card, started_from=started_from), file, tmp_path / "out", "someone/mine")
+    readme = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert readme.data.base_model == base_model
+    assert (f"| Started from | `{started_from}` |" in readme.text) == bool(started_from)
+
+
 def test_it_loads_back_through_timm_from_the_folder(published, trained):
     model = timm.create_model(f"local-dir:{published}", pretrained=True)
     assert_same(model.state_dict(), trained[1])

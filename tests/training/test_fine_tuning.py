@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dimmix import Classifier
-from dimmix.checkpoints import cards
+from dimmix.checkpoints import Card, cards
 from dimmix.checkpoints.publish import write_folder
+from dimmix.training.learner import who_know_every_row
 from dimmix.training.loop import Options, train
 from dimmix.training.recipe import read_recipe
 
@@ -33,6 +34,7 @@ def test_it_starts_from_the_checkpoint_and_gives_one_of_the_same_architecture(tr
     assert len(kept) > 10
     assert all(torch.equal(learnt[key].float(), given[key].float()) for key in kept)
     card = train_toy(*start, "schedule.epochs=8", name="tuned")
+    assert (card.started_from, Card.read(runs / "tuned" / f"{card.name}.json")) == (FINE_TUNED, card)
     assert (card.name, card.labels) == ("butterfly_resnet_fast_32.toy", ("dark", "light", "red"))
     assert card.top1 > 90
     classifier = Classifier(checkpoint=runs / "tuned" / "butterfly_resnet_fast_32.toy.safetensors")
@@ -40,6 +42,21 @@ def test_it_starts_from_the_checkpoint_and_gives_one_of_the_same_architecture(tr
         "butterfly_resnet_fast_32",
         "red",
     )
+
+
+@pytest.mark.skipif(FINE_TUNED not in cards(), reason="the checkpoint is not in this installation")
+@pytest.mark.parametrize(
+    ("name", "data", "warned"),
+    [(FINE_TUNED, "cifar10", True), (FINE_TUNED, "toy", False), (FINE_TUNED.partition(".")[0], "cifar10", True)],
+)
+def test_validation_knows_of_a_checkpoint_that_has_learnt_the_rows_held_back(
+    recipe_file: Callable[..., Path], name: str, data: str, warned: bool
+) -> None:
+    said = {}
+    for pretrained in ("true", "false"):
+        changes = (f"model.name={name}", f"model.args={{pretrained = {pretrained}}}", f"data.name={data}")
+        said[pretrained] = who_know_every_row(read_recipe(recipe_file(), changes))
+    assert said == {"true": ["the checkpoint to start from"] * warned, "false": []}
 
 
 def test_a_design_of_ones_own_is_loaded_and_published_by_its_card(train_toy: Train, tmp_path: Path) -> None:

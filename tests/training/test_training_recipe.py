@@ -25,6 +25,22 @@ def test_reads_values_and_defaults(recipe_file: Callable[..., Path]) -> None:
     assert (recipe.stem, recipe.tag) == ("toy_resnet.toy", "toy")
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("a_net.toy", "pretrained = true", "a_net.toy"),
+        ("a_net.toy", "pretrained = false", ""),
+        ("a_net", "", ""),
+        ("a_net", 'checkpoint_path = "/home/me/mine.safetensors"', "mine.safetensors"),
+        ("hf-hub:me/net", "pretrained = true", "hf-hub:me/net"),
+        ("local-dir:/home/me/net", "pretrained = true", "net"),
+    ],
+)
+def test_says_what_training_starts_from(recipe_file: Callable[..., Path], name: str, args: str, expected: str) -> None:
+    recipe = read_recipe(recipe_file(), (f"model.name={name}", f"model.args={{{args}}}"))
+    assert recipe.started_from == expected
+
+
 def test_survives_json(recipe_file: Callable[..., Path]) -> None:
     recipe = read_recipe(recipe_file(), ("teacher.name=test_vit", "teacher.weights=t.safetensors"))
     assert recipe.teacher
