@@ -1,10 +1,11 @@
-"""The same function in other weights, for inference: BatchNorm folded, small groups merged, patches of whole pixels.
+"""The same function in other weights, for inference: BatchNorm folded, small groups merged, patches left as they are.
 
 Layout: the weights of convolutions are channels_last. Convolutions of such images want them so, and torch would copy
 them in each call.
 """
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -63,62 +64,124 @@ def convolve_levels(model: nn.Module, least: int) -> nn.Module:
     return model
 
 
-def pixels_last(model: nn.Module) -> nn.Module:
-    """A copy of a Patch-Only Mixer whose steps work on images (B, H, W, C); no more than a copy of any other model.
+def in_patches(model: nn.Module) -> nn.Module:
+    """A copy of a Patch-Only Mixer that stays in patches from step to step; no more than a copy of any other model.
 
-    A patch holds its pixels one after the other then, and what norms and MLPs know of its values goes along.
+    One copy turns the patches of a step to those of the next, and moves whole pixels: a patch holds them one after the
+    other, and what norms and MLPs know of its values goes along. So do the patches that `forward_features` gives, if
+    the head has some; pooled they have the order that the head knows.
     """
     model = copy.deepcopy(model)
     steps = [module for module in model.modules() if isinstance(module, PatchStep)]
-    if isinstance(model, PatchOnlyMixer) and all(step.weights_say_all() for step in steps):
-        for step in steps:
-            _turn_values(step)
-        model.stem = nn.Sequential(model.stem, _PixelsLast())
-        model.head_fold = _HeadFold(model.head_fold)
+    if not isinstance(model, PatchOnlyMixer) or type(model.norm) not in (nn.LayerNorm, nn.Identity):
+        return model
+    if all(step.weights_say_all() for step in steps):
+        head = model.head_fold
+        image = last = PatchFold(head.channels, (head.rows * head.patch_size, head.columns * head.patch_size), 1)
+        for blocks in model.blocks:
+            for i, step in enumerate(blocks):
+                blocks[i] = nn.Sequential(_turns(last, step.fold, image), _InPatches(step))
+                last = step.fold
+        model.stem = nn.Sequential(model.stem, _Pixels())
+        _turn_head(model, _turns(last, head, image))
     return model
 
 
-@torch.no_grad()
-def _turn_values(step: PatchStep) -> None:
-    mlp, turned = step.mlp, step.fold.turned
-    of_values = [(mlp.fc1.weight, 1), (mlp.fc2.weight, 0), (mlp.fc2.bias, 0)]
-    for norm in (step.norm, step.across_norm):
-        of_values += [(parameter, 0) for parameter in norm.parameters()]
-    for parameter, dim in of_values:
-        parameter.copy_(turned(parameter, dim))
-    step.fold = _PixelFold(step.fold)
+class _InPatches(nn.Module):
+    """A PatchStep for patches (B, num_patches, p * p * C)."""
 
-
-class _PixelsLast(nn.Module):
-    """(B, C, H, W) -> (B, H, W, C)."""
+    def __init__(self, step: PatchStep) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.across_norm, self.across = step.norm, step.mlp, step.across_norm, step.across
+        values = [(self.mlp.fc1.weight, 1), (self.mlp.fc2.weight, 0), (self.mlp.fc2.bias, 0)]
+        values += [(parameter, 0) for norm in (self.norm, self.across_norm) for parameter in norm.parameters()]
+        with torch.no_grad():
+            for parameter, dim in values:
+                parameter.copy_(step.fold.turned(parameter, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1)
+        """As it comes."""
+        x = x + self.mlp(self.norm(x))
+        if self.across is not None:
+            x = x + self.across(self.across_norm(x).transpose(1, 2)).transpose(1, 2)
+        return x
 
 
-class _PixelFold(PatchFold):
-    """A PatchFold for images (B, H, W, C)."""
+class _Turn(nn.Module):
+    """Patches of one fold to those of another, both (B, num_patches, p * p * C).
 
-    def __init__(self, fold: PatchFold) -> None:
-        span = fold.patch_size * fold.stride
-        super().__init__(fold.channels, (fold.rows * span, fold.columns * span), fold.patch_size, fold.stride)
+    Both cut the rows and the columns of pixels into axes, at the strides of either's pixels and patches: the `bounds`.
+    What lies between two of these is an axis of both, with another place among the axes.
+    """
+
+    def __init__(self, source: PatchFold, target: PatchFold, bounds: list[int]) -> None:
+        super().__init__()
+        sizes = {stride: following // stride for stride, following in pairwise(bounds)}
+        before, after = self._axes(source, sizes), self._axes(target, sizes)
+        channels = len(before) + 1
+        self.sizes = [-1, *[sizes[stride] for _, stride in before], source.channels]
+        self.order = [0, *[before.index(axis) + 1 for axis in after], channels]
+        self.shape = [-1, target.num_patches, target.values]
+
+    @staticmethod
+    def _axes(fold: PatchFold, sizes: dict[int, int]) -> list[tuple[str, int]]:
+        """Where a patch lies, by rows and by columns, then which of its pixels, each with the longest stride first."""
+        strides = sorted(sizes, reverse=True)
+        within = [stride for stride in strides if fold.stride <= stride < fold.stride * fold.patch_size]
+        beyond = [stride for stride in strides if stride not in within]
+        return [(side, stride) for part in (beyond, within) for side in ("row", "column") for stride in part]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, source.num_patches, values) -> (B, target.num_patches, values)."""
+        return x.reshape(self.sizes).permute(self.order).reshape(self.shape)
+
+
+def _turns(source: PatchFold, target: PatchFold, image: PatchFold) -> nn.Sequential:
+    """One `_Turn`, by way of the image where the patches of the two do not nest, or none where they are the same."""
+    if (source.patch_size, source.stride) == (target.patch_size, target.stride):
+        return nn.Sequential()
+    bounds = {1, image.rows} | {fold.stride * size for fold in (source, target) for size in (1, fold.patch_size)}
+    if image.rows == image.columns and all(b % a == 0 for a, b in pairwise(sorted(bounds))):
+        return nn.Sequential(_Turn(source, target, sorted(bounds)))
+    return nn.Sequential(*_turns(source, image, image), *_turns(image, target, image))
+
+
+@torch.no_grad()
+def _turn_head(model: PatchOnlyMixer, turns: nn.Sequential) -> None:
+    """The norm goes along, and the order comes back behind the pool, where an image has few values left."""
+    fold = model.head_fold
+    for parameter in model.norm.parameters():
+        parameter.copy_(fold.turned(parameter))
+    model.head_fold = _Unfold(turns)
+    if fold.patch_size > 1:
+        model.head_drop = nn.Sequential(_ChannelsFirst(fold.channels, fold.patch_size**2), model.head_drop)
+
+
+class _Unfold(nn.Sequential):
+    """Called as a PatchFold is."""
 
     def unfold(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, num_patches, p * p * C)."""
-        return self.unfold_pixels(x)
-
-    def fold(self, x: Tensor) -> Tensor:
-        """(B, num_patches, p * p * C) -> (B, H, W, C)."""
-        return self.fold_pixels(x)
+        """Patches of the last step -> the head's."""
+        return self(x)
 
 
-class _HeadFold(_PixelFold):
-    """Gives the values of a patch in the order that the head, and who asks for features, know."""
+class _Pixels(nn.Module):
+    """(B, C, H, W) -> (B, H * W, C): pixels are patches of 1x1."""
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, num_patches, C * p * p)."""
-        x = self.unfold_pixels(x)
-        return x.unflatten(2, [-1, self.channels]).transpose(2, 3).flatten(2) if self.patch_size > 1 else x
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class _ChannelsFirst(nn.Module):
+    """The values of patches in the order that the head, and who asks for features, know."""
+
+    def __init__(self, channels: int, pixels: int) -> None:
+        super().__init__()
+        self.sizes = [-1, pixels, channels]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N * pixels * channels) -> (..., N * channels * pixels)."""
+        return x.unflatten(-1, self.sizes).transpose(-1, -2).flatten(-3)
 
 
 def _merges(schedule: ButterflySchedule, least: int) -> bool:

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 import dimmix  # noqa: F401
-from dimmix.fuse import convolve_levels, fuse, merge_groups, pixels_last
-from dimmix.layers import ButterflyMlp, ConvButterflyMlp, PatchFold
+from dimmix.fuse import convolve_levels, fuse, in_patches, merge_groups
+from dimmix.layers import ButterflyMlp, ConvButterflyMlp
+from dimmix.patch_only_mixer import PatchStep
 
 
-def _trained_a_little(name):
+def _trained_a_little(name, **args):
     """A model in float64 whose BatchNorms are not where they started."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).double()
+    model = timm.create_model(name, num_classes=3, **args).double()
     model(torch.randn(8, 3, 32, 32, dtype=torch.float64))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -102,26 +103,43 @@ def test_a_butterfly_of_convolutions_gives_the_same_whatever_comes_first(residua
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name",
+    ("name", "args"),
     [
-        "patch_only_mixer_paper_d7",
-        "patch_only_mixer_tiny_32_dense",
-        "patch_only_mixer_strided_32_dense",
-        "patch_only_mixer_strided_tiny_32",
+        ("patch_only_mixer_paper_d7", {}),
+        ("patch_only_mixer_tiny_32_dense", {}),
+        ("patch_only_mixer_strided_32_dense", {}),
+        ("patch_only_mixer_strided_tiny_32", {}),
+        ("patch_only_mixer_strided_tiny_32", {"global_pool": "flatten"}),
+        ("patch_only_mixer_strided_tiny_32", {"head_patch": 4}),
+        ("patch_only_mixer_strided_32", {"grid_size": 27, "patch_sizes": (3,), "depth": 2}),
+        ("patch_only_mixer_strided_32", {"patch_sizes": (2, 4), "depth": 2}),
     ],
+    ids=str,
 )
-def test_steps_on_pixels_give_the_same(name):
-    model = fuse(_trained_a_little(name))
+def test_steps_in_patches_give_the_same(name, args):
+    model = fuse(_trained_a_little(name, **args))
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 2.0)
             nn.init.uniform_(module.bias, -1.0, 1.0)
-    turned = pixels_last(model)
+    turned = in_patches(model)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(turned(x), model(x), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(turned.forward_features(x), model.forward_features(x), rtol=1e-10, atol=1e-10)
-    assert turned.blocks[0][0](model.stem(x).permute(0, 2, 3, 1)).shape == model.stem(x).permute(0, 2, 3, 1).shape
-    assert type(model.blocks[0][0].fold) is PatchFold
+    expected, found = model.forward_features(x), turned.forward_features(x)
+    for pre_logits in (False, True):
+        close = turned.forward_head(found, pre_logits), model.forward_head(expected, pre_logits)
+        torch.testing.assert_close(*close, rtol=1e-10, atol=1e-10)
+    fold = model.head_fold
+    pixels = expected.unflatten(2, (fold.channels, -1)).transpose(2, 3).flatten(2)  # a patch's, one after the other
+    torch.testing.assert_close(found, pixels, rtol=1e-10, atol=1e-10)
+    assert type(model.blocks[0][0]) is PatchStep
+
+
+@pytest.mark.parametrize(
+    ("name", "copies"), [("patch_only_mixer_strided_32", 17), ("patch_only_mixer_tiny_32", 20), ("resnet10t", 0)]
+)
+def test_one_copy_leads_from_step_to_step(name, copies):
+    turned = in_patches(timm.create_model(name, num_classes=3))
+    assert sum(type(module).__name__ == "_Turn" for module in turned.modules()) == copies
 
 
 @torch.no_grad()
@@ -129,9 +147,9 @@ def test_steps_that_were_altered_stay_as_they_are():
     model = timm.create_model("patch_only_mixer_tiny_32", num_classes=3).eval()
     model.blocks[1][0].norm = nn.LayerNorm(model.blocks[1][0].fold.values, bias=False)
     x = torch.randn(2, 3, 32, 32)
-    copied = pixels_last(model)
+    copied = in_patches(model)
     assert copied is not model
-    assert type(copied.blocks[0][0].fold) is PatchFold
+    assert type(copied.blocks[0][0]) is PatchStep
     torch.testing.assert_close(copied(x), model(x))
 
 
