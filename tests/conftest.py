@@ -68,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     values |= {"top5": 50.0, "nll": 2.3, "ece": 0.1, "per_class_accuracy": (10.0,) * 10}
     values |= {"params": sum(p.numel() for p in model.parameters()), "teacher": None, "versions": {}, "papers": ()}
     values["model_args"] = {}
-    texts = ("recipe", "command", "commit", "hardware", "licence", "notes")
+    texts = ("recipe", "command", "commit", "hardware", "licence", "notes", "started_from")
     Card(**values | dict.fromkeys(texts, "")).write(path.with_suffix(".json"))  # type: ignore[arg-type]
     return Tiny(architecture, path)
 

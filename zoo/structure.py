@@ -13,6 +13,7 @@ from .layers.block_linear import LevelView
 from .layers.butterfly_attention import ButterflyAttention
 from .layers.butterfly_conv import ChannelTranspose
 from .layers.patch_fold import PatchFold
+from .patch_only_mixer import PatchStep
 from .profile import macs_by_module
 from .registry import dense_twin
 
@@ -35,7 +36,7 @@ class MixingLevel:
 
 def mixing_levels(model: nn.Module) -> list[MixingLevel]:
     """The layers that mix in groups, in order: block-diagonal products, strided attention, grouped convolutions and
-    patches, whose values lie in no one stride."""
+    patches, whose stride is that of their pixels, along the rows and along the columns."""
     levels = []
     strides: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -44,8 +45,8 @@ def mixing_levels(model: nn.Module) -> list[MixingLevel]:
             levels.append(_level(parent, "features", (module.groups, module.level[1], module.stride)))
         elif isinstance(module, ButterflyAttention):
             levels.append(_level(name, "tokens", module.level))
-        elif isinstance(module, PatchFold):
-            levels.append(_level(parent, "patches", (module.num_patches, module.values, 1)))
+        elif isinstance(module, PatchStep):
+            levels.append(_patches(name, module.fold))
         elif isinstance(module, ChannelTranspose) and leaf in ("gather", "shuffle"):
             strides[f"{parent}.block." if leaf == "gather" else f"{parent}.conv2."] = module.inner
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -58,6 +59,11 @@ def mixing_levels(model: nn.Module) -> list[MixingLevel]:
 def _level(name: str, mixes: str, level: tuple[int, int, int]) -> MixingLevel:
     groups, radix, stride = level
     return MixingLevel(name, mixes, groups * radix * stride, radix, stride, groups, 1 / (groups * stride))
+
+
+def _patches(name: str, fold: PatchFold) -> MixingLevel:
+    n, groups = fold.num_patches * fold.values, fold.rows * fold.columns
+    return MixingLevel(name, "patches", n, fold.values, fold.stride, groups, 1 / fold.num_patches)
 
 
 def macs_against_dense(

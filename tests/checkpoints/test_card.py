@@ -61,6 +61,13 @@ def test_a_whole_number_may_stand_for_a_float_and_null_for_no_teacher(written):
     assert Card.read(written).top1 == 92.0
 
 
+def test_what_training_started_from_may_be_left_out_and_survives(written):
+    change(written, started_from="<gone>")
+    assert Card.read(written).started_from == ""
+    make_card(weights(), started_from="toy_net.cifar100").write(written)
+    assert Card.read(written).started_from == "toy_net.cifar100"
+
+
 def test_arguments_of_the_model_may_be_left_out_and_survive(written):
     change(written, model_args="<gone>")
     assert Card.read(written).model_args == {}

@@ -35,7 +35,14 @@ def test_a_mixer_mixes_tokens_and_channels():
 
 
 def test_patches_are_groups_too():
-    assert levels("patch_only_mixer_paper_d7")[:2] == [("patches", 3675, 75, 1, 49), ("patches", 3675, 147, 1, 25)]
+    assert levels("patch_only_mixer_paper_d7") == [("patches", 3675, 75, 1, 49), ("patches", 3675, 147, 1, 25)] * 7
+
+
+def test_patches_of_pixels_far_apart_have_their_stride():
+    rounds = [("patches", 8192, 128, stride, 64 // stride**2) for stride in (1, 2, 4, 8)] * 4
+    assert levels("patch_only_mixer_strided_tiny_32") == rounds
+    found = mixing_levels(timm.create_model("patch_only_mixer_strided_tiny_32", num_classes=10))
+    assert {level.non_zero for level in found} == {1 / 64}
 
 
 def test_non_zero_is_the_share_of_the_dense_matrix():
