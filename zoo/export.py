@@ -150,7 +150,7 @@ def _example(model: torch.nn.Module, preprocess: Preprocess) -> tuple[torch.Tens
 def _write_pt2(model: torch.nn.Module, spec: Spec, path: Path) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=65536)}
     program = torch.export.export(
-        _WithFeatures(fuse(model)).eval(), _example(model, spec.preprocess), dynamic_shapes=(batch,)
+        _WithFeatures(in_patches(fuse(model))).eval(), _example(model, spec.preprocess), dynamic_shapes=(batch,)
     )
     program.example_inputs = None  # it would be stored as a pickle
     torch.export.save(program, path, extra_files={METADATA_KEY: spec.to_json()})
