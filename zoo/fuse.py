@@ -6,6 +6,7 @@ them in each call.
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ def in_patches(model: nn.Module) -> nn.Module:
     if all(step.weights_say_all() for step in steps):
         head = model.head_fold
         image = last = PatchFold(head.channels, (head.rows * head.patch_size, head.columns * head.patch_size), 1)
-        for blocks in model.blocks:
+        rounds: Any = model.blocks
+        for blocks in rounds:
             for i, step in enumerate(blocks):
                 blocks[i] = nn.Sequential(_turns(last, step.fold, image), _InPatches(step))
                 last = step.fold
@@ -152,9 +154,10 @@ def _turn_head(model: PatchOnlyMixer, turns: nn.Sequential) -> None:
     fold = model.head_fold
     for parameter in model.norm.parameters():
         parameter.copy_(fold.turned(parameter))
-    model.head_fold = _Unfold(turns)
+    model.register_module("head_fold", _Unfold(turns))
     if fold.patch_size > 1:
-        model.head_drop = nn.Sequential(_ChannelsFirst(fold.channels, fold.patch_size**2), model.head_drop)
+        turned = nn.Sequential(_ChannelsFirst(fold.channels, fold.patch_size**2), model.head_drop)
+        model.register_module("head_drop", turned)
 
 
 class _Unfold(nn.Sequential):
