@@ -132,14 +132,15 @@ def _epochs(card: Card) -> str:
 
 def _draw_accuracy(found: list[Card]) -> None:
     """Top-1 against MACs, a panel a data set; without what was trained on, which no twin was."""
-    datasets = sorted({card.dataset for card in found})
+    drawn = [card for card in found if not card.started_from]
+    datasets = sorted({card.dataset for card in drawn})
     width, height = plots.COSTS_SIZE
     figure, panels = plots.plt.subplots(
         len(datasets), 1, figsize=(width, height * len(datasets)), layout="constrained", squeeze=False
     )
     for dataset, axes in zip(datasets, panels.flat, strict=True):
         plots.draw_costs(
-            axes, {card.architecture: (card.macs / 1e6, card.top1) for card in found if card.tag == dataset}
+            axes, {card.architecture: (card.macs / 1e6, card.top1) for card in drawn if card.dataset == dataset}
         )
         axes.set(xlabel="million multiply-accumulates an image", ylabel=f"top-1 on {dataset}, %")
     figure.savefig(ROOT / "docs" / "accuracy_macs.png", dpi=120)

@@ -94,6 +94,7 @@ class _InPatches(nn.Module):
 
     def __init__(self, step: PatchStep) -> None:
         super().__init__()
+        step = copy.deepcopy(step)  # what steps share would be turned once for each
         self.norm, self.mlp, self.across_norm, self.across = step.norm, step.mlp, step.across_norm, step.across
         values = [(self.mlp.fc1.weight, 1), (self.mlp.fc2.weight, 0), (self.mlp.fc2.bias, 0)]
         values += [(parameter, 0) for norm in (self.norm, self.across_norm) for parameter in norm.parameters()]
@@ -110,7 +111,7 @@ class _InPatches(nn.Module):
 
 
 class _Turn(nn.Module):
-    """Patches of one fold to those of another, both (B, num_patches, p * p * C).
+    """Patches of one fold to those of another of the same square image, both (B, num_patches, p * p * C).
 
     Both cut the rows and the columns of pixels into axes, at the strides of either's pixels and patches: the `bounds`.
     What lies between two of these is an axis of both, with another place among the axes.
@@ -143,7 +144,7 @@ def _turns(source: PatchFold, target: PatchFold, image: PatchFold) -> nn.Sequent
     if (source.patch_size, source.stride) == (target.patch_size, target.stride):
         return nn.Sequential()
     bounds = {1, image.rows} | {fold.stride * size for fold in (source, target) for size in (1, fold.patch_size)}
-    if image.rows == image.columns and all(b % a == 0 for a, b in pairwise(sorted(bounds))):
+    if all(b % a == 0 for a, b in pairwise(sorted(bounds))):
         return nn.Sequential(_Turn(source, target, sorted(bounds)))
     return nn.Sequential(*_turns(source, image, image), *_turns(image, target, image))
 

@@ -134,6 +134,14 @@ def test_steps_in_patches_give_the_same(name, args):
     assert type(model.blocks[0][0]) is PatchStep
 
 
+@torch.no_grad()
+def test_an_mlp_that_steps_share_is_turned_once():
+    model = _trained_a_little("patch_only_mixer_strided_32")
+    model.blocks[1][0].mlp = model.blocks[0][2].mlp = model.blocks[0][0].mlp
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(in_patches(model)(x), model(x), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "copies"), [("patch_only_mixer_strided_32", 17), ("patch_only_mixer_tiny_32", 20), ("resnet10t", 0)]
 )
