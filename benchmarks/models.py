@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse as torch_fuse
 
 from dimmix import list_models
-from dimmix.checkpoints import Card, cards
+from dimmix.checkpoints import Card
 from dimmix.export import export_model
 from dimmix.fuse import fuse
 from dimmix.layers import native
@@ -29,7 +29,7 @@ from dimmix.registry import dense_twin
 from dimmix.runtime import OnnxRuntime, model_spec
 
 from .timing import compare, speedup, summary
-from .trained import by_cpu_recipes, unbundled
+from .trained import last_trained, trained_alike
 
 Record = dict[str, Any]
 CLASSES = 10
@@ -57,7 +57,9 @@ def equals(backend: str, batches: Iterable[int], seconds: float) -> list[Record]
     Equal is the dense ResNet-20, or where none is as good the dense twin, of fewest multiply-accumulates whose top-1
     comes within `EQUAL` of the sparse model's or above it; the most accurate one where none does.
     """
-    resnets = [card for card in _last_trained() if card.architecture.startswith(("butterfly_resnet", RESNET20))]
+    resnets = [
+        card for card in _on_cifar10(last_trained()) if card.architecture.startswith(("butterfly_resnet", RESNET20))
+    ]
     top1 = {card.architecture: card.top1 for card in sorted(resnets, key=lambda card: card.macs)}
     dense = [name for name in top1 if not dense_twin(name)]
     sparse = [name for name in sorted(top1) if dense_twin(name)]
@@ -74,15 +76,8 @@ def _equal(top1: float, dense: dict[str, float]) -> str:
     return next((name for name, reached in dense.items() if reached >= top1 - EQUAL), max(dense, key=dense.__getitem__))
 
 
-def _last_trained() -> list[Card]:
-    """Cards for CIFAR-10 of the last training of each model from random weights, bundled or not."""
-    return [card for card in [*cards().values(), *unbundled()] if card.dataset == "cifar10" and not card.started_from]
-
-
-def _accuracies_alike() -> dict[str, float]:
-    """Top-1 on CIFAR-10 by the recipes for CPU cores: timm's models have had no other."""
-    on_cpu = [card for card in _last_trained() if not card.hardware.startswith("NVIDIA")]
-    return {card.architecture: card.top1 for card in [*on_cpu, *by_cpu_recipes()] if card.dataset == "cifar10"}
+def _on_cifar10(trained: Iterable[Card]) -> list[Card]:
+    return [card for card in trained if card.dataset == "cifar10"]
 
 
 def _pair(
@@ -220,7 +215,8 @@ def front(names: Iterable[str], batch: int, seconds: float) -> list[Record]:
     front then; `beaten_by_larger` those of more than `LIKE_SIZE` times its parameters, and `beaten_by_dense` our own
     dense ResNet-20s. All run with BatchNorm folded, and convolutions in channels_last.
     """
-    accuracy, ours = _accuracies_alike(), set(list_models())
+    accuracy = {card.architecture: card.top1 for card in _on_cifar10(trained_alike())}
+    ours = set(list_models())
     models = {name: timm.create_model(name, num_classes=CLASSES).eval() for name in names}
     folded = {name: fuse(model) if name in ours else fold_timm(model) for name, model in models.items()}
     x = torch.randn(batch, 3, 32, 32)

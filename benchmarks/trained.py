@@ -1,8 +1,8 @@
-"""What was trained with our recipes and is not bundled."""
+"""What was trained with our recipes, bundled or not."""
 
 from pathlib import Path
 
-from dimmix.checkpoints import Card
+from dimmix.checkpoints import Card, cards
 
 CARDS = Path(__file__).parents[1] / "docs" / "cards"
 CPU_CARDS = CARDS / "cpu"
@@ -16,3 +16,13 @@ def unbundled() -> list[Card]:
 def by_cpu_recipes() -> list[Card]:
     """Cards by the recipes for CPU cores of models that a GPU has trained since, or whose twins it has; by name."""
     return [Card.read(path) for path in sorted(CPU_CARDS.glob("*.json"))]
+
+
+def last_trained() -> list[Card]:
+    """Cards of the last training of each model from random weights, bundled or not: twins are compared by these."""
+    return [card for card in [*cards().values(), *unbundled()] if not card.started_from]
+
+
+def trained_alike() -> list[Card]:
+    """Cards by the recipes for CPU cores, of models that no GPU has trained since too: timm's have had no other."""
+    return [card for card in last_trained() if not card.hardware.startswith("NVIDIA")] + by_cpu_recipes()

@@ -19,7 +19,7 @@ from dimmix.registry import dense_twin
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmark is not installed
 from benchmarks import plots  # noqa: E402
-from benchmarks.trained import by_cpu_recipes, unbundled  # noqa: E402
+from benchmarks.trained import by_cpu_recipes, last_trained, unbundled  # noqa: E402
 
 SEEDS = ROOT / "docs" / "seeds"
 BEGIN, END = "<!-- models: written by docs/tables.py -->", "<!-- /models -->"
@@ -132,7 +132,7 @@ def _epochs(card: Card) -> str:
 
 def _draw_accuracy(found: list[Card]) -> None:
     """Top-1 against MACs, a panel a data set; without what was trained on, which no twin was."""
-    drawn = [card for card in found if not card.started_from]
+    drawn = [card for card in last_trained() if card in found]
     datasets = sorted({card.dataset for card in drawn})
     width, height = plots.COSTS_SIZE
     figure, panels = plots.plt.subplots(

@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks import plots
 from benchmarks.__main__ import Plan, _line, full_plan, main
 from benchmarks.check import shortfalls
-from benchmarks.models import _accuracies_alike, _beats, _equal, _last_trained, _like_size, equals, fold_timm, front
+from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
-from benchmarks.trained import by_cpu_recipes, unbundled
+from benchmarks.trained import by_cpu_recipes, last_trained, trained_alike, unbundled
 from dimmix.checkpoints import cards
 from dimmix.layers import native
 from dimmix.registry import dense_twin
@@ -142,8 +142,8 @@ def test_the_equal_is_the_narrowest_within_a_quarter_point_or_else_the_best():
 def test_equals_put_a_sparse_resnet_beside_the_dense_one_of_its_accuracy(monkeypatch):
     top1 = {"butterfly_resnet_nano_32": 90.0, "resnet20_w20": 91.0, "resnet20_w16": 89.9, "vit_butterfly_nano_32": 90.0}
     macs = {"butterfly_resnet_nano_32": 36, "resnet20_w20": 64, "resnet20_w16": 41, "vit_butterfly_nano_32": 20}
-    trained = [SimpleNamespace(architecture=name, top1=top1[name], macs=macs[name]) for name in top1]
-    monkeypatch.setattr("benchmarks.models._last_trained", lambda: trained)
+    trained = [SimpleNamespace(architecture=name, dataset="cifar10", top1=top1[name], macs=macs[name]) for name in top1]
+    monkeypatch.setattr("benchmarks.models.last_trained", lambda: trained)
     (record,) = equals("onnxruntime", batches=(1,), seconds=0)
     assert (record["work"], record["against"]) == ("butterfly_resnet_nano_32", "resnet20_w16")
     assert (record["backend"], record["sparse_top1"], record["dense_top1"]) == ("onnxruntime", 90.0, 89.9)
@@ -153,8 +153,8 @@ def test_equals_put_a_sparse_resnet_beside_the_dense_one_of_its_accuracy(monkeyp
 def test_a_sparse_resnet_beyond_every_resnet20_stands_beside_a_dense_twin_as_good(monkeypatch):
     top1 = {"butterfly_resnet_nano_32_dense": 94.0, "butterfly_resnet_nano_32": 93.0, "resnet20_w16": 92.0}
     macs = {"butterfly_resnet_nano_32_dense": 95, "butterfly_resnet_nano_32": 36, "resnet20_w16": 41}
-    trained = [SimpleNamespace(architecture=name, top1=top1[name], macs=macs[name]) for name in top1]
-    monkeypatch.setattr("benchmarks.models._last_trained", lambda: trained)
+    trained = [SimpleNamespace(architecture=name, dataset="cifar10", top1=top1[name], macs=macs[name]) for name in top1]
+    monkeypatch.setattr("benchmarks.models.last_trained", lambda: trained)
     (record,) = equals("fused", batches=(1,), seconds=0)
     assert (record["work"], record["against"]) == ("butterfly_resnet_nano_32", "butterfly_resnet_nano_32_dense")
 
@@ -185,7 +185,8 @@ def test_a_model_of_timm_is_folded_to_the_same_function(name):
 def test_the_front_says_who_is_ahead_of_each_of_ours(monkeypatch):
     top1 = {"butterfly_resnet_nano_32": 80.0, "resnet20_w16": 90.0, "test_byobnet": 85.0, "resnet10t": 95.0}
     took = {"butterfly_resnet_nano_32": 9.0, "resnet20_w16": 2.0, "test_byobnet": 3.0, "resnet10t": 4.0}
-    monkeypatch.setattr("benchmarks.models._accuracies_alike", lambda: top1)
+    trained = [SimpleNamespace(architecture=name, dataset="cifar10", top1=value) for name, value in top1.items()]
+    monkeypatch.setattr("benchmarks.models.trained_alike", lambda: trained)
     monkeypatch.setattr("benchmarks.models.compare", lambda runs, seconds: {name: [took[name]] * 2 for name in runs})
     ours, *others = front(top1, batch=1, seconds=0)
     assert (ours["beaten_by"], ours["beaten_by_larger"]) == (["test_byobnet"], ["resnet10t"])
@@ -194,13 +195,24 @@ def test_the_front_says_who_is_ahead_of_each_of_ours(monkeypatch):
 
 
 def test_on_the_front_our_models_are_as_the_recipe_of_timm_s_left_them():
-    first = {card.architecture: card.top1 for card in by_cpu_recipes() if card.dataset == "cifar10"}
-    last, alike = {card.architecture: card.top1 for card in _last_trained()}, _accuracies_alike()
+    first, last, alike = (
+        {card.architecture: card.top1 for card in trained if card.dataset == "cifar10"}
+        for trained in (by_cpu_recipes(), last_trained(), trained_alike())
+    )
     assert alike["butterfly_resnet_fast_32"] == first["butterfly_resnet_fast_32"] < last["butterfly_resnet_fast_32"]
     assert alike["patch_only_mixer_tiny_32"] == last["patch_only_mixer_tiny_32"]
     assert alike["resnet10t"] == last["resnet10t"]
     assert "butterfly_resnet_fast_r128_32" in last
     assert "butterfly_resnet_fast_r128_32" not in alike
+
+
+def test_what_was_trained_on_from_a_checkpoint_is_compared_with_nothing():
+    long, first = (f"patch_only_mixer_strided_tiny_32.{tag}" for tag in ("cifar10_long", "cifar10"))
+    assert cards()[long].started_from == first
+    assert cards()[long].top1 > cards()[first].top1
+    names = {card.name for card in last_trained()}
+    assert first in names
+    assert long not in names
 
 
 def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():
