@@ -16,6 +16,7 @@ from dimmix.errors import DimmixError
 
 from . import teacher as _registers_the_teacher  # noqa: F401
 from .augment import Batches
+from .grouped import train_groups_densely
 from .optim import build_optimizers, build_schedulers
 from .processes import Processes
 from .recipe import Model, Recipe
@@ -35,6 +36,7 @@ class Learner:
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.schedulers = build_schedulers(self.optimizers, recipe.schedule, steps_per_epoch)
         self.teacher = self._place(load_teacher(recipe, classes)) if recipe.teacher else None
+        train_groups_densely(self.model, self.device)
         wrapped = processes.wrap(self.model)
         self.forward = torch.compile(wrapped) if recipe.train.compile else wrapped
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
