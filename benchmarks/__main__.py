@@ -1,7 +1,7 @@
-"""Runs the benchmark: `python -m benchmarks [--quick] [--check] [--all] [--out FOLDER]`.
+"""Runs the benchmark: `python -m benchmarks [--quick | --gpu] [--check] [--all] [--out FOLDER]`.
 
 Writes one JSON file a subject and the plots. `--quick` runs the layers alone, briefly, and writes nothing unless told
-where; `--check` exits with 1 if a ratio falls short.
+where; `--gpu` runs what there is for a GPU and nothing else; `--check` exits with 1 if a ratio falls short.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dimmix.checkpoints import cards
 from dimmix.layers import native
 from dimmix.registry import dense_twin
 
-from . import layers, models, operators, plots
+from . import gpu, layers, models, operators, plots
 from .check import shortfalls
 from .machine import describe
 from .trained import unbundled
@@ -70,6 +70,7 @@ class Plan:
 
 
 QUICK = Plan(seconds=1)
+ON_GPU = Plan(seconds=0.3, rows=(2048, 32768), models=COMPILED, batches=(64, 1024))
 
 
 def full_plan(every: bool = False) -> Plan:
@@ -126,6 +127,15 @@ def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
+def run_on_gpu(plan: Plan, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Records of the subject "gpu"."""
+    records = [*gpu.layers(plan.linear, plan.rows, plan.seconds, device)]
+    records += gpu.attention(plan.attention, plan.seconds, device)
+    for mode in gpu.MODES:
+        records += gpu.models(plan.models, mode, plan.batches, plan.seconds, device)
+    return {"gpu": records}
+
+
 def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """One JSON file a subject, with the machine, and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,8 +144,9 @@ def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         temporary = folder / f".{subject}.json"
         temporary.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
         os.replace(temporary, folder / f"{subject}.json")
-    plots.draw_attention(results["attention"], folder / "attention.png")
-    plots.draw_linear(results["linear"], folder / "linear.png")
+    if "linear" in results:
+        plots.draw_attention(results["attention"], folder / "attention.png")
+        plots.draw_linear(results["linear"], folder / "linear.png")
     if "front" in results:
         plots.draw_models(results["front"], folder / "models.png")
 
@@ -143,13 +154,20 @@ def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> int:
     """The exit code: 1 where `--check` finds a ratio that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Sparse layers and models beside dense.")
-    parser.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
+    alone.add_argument("--gpu", action="store_true", help="layers and models on a GPU alone, in bfloat16")
     parser.add_argument("--check", action="store_true", help="exit with 1 and name the ratios that fall short")
     parser.add_argument("--all", action="store_true", help="every model compiled, in bfloat16 and in training too")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    results = run(plan or (QUICK if options.quick else full_plan(options.all)))
+    if options.gpu:
+        if not torch.cuda.is_available():
+            parser.error("--gpu: torch sees no GPU here")
+        results = run_on_gpu(plan or ON_GPU, torch.device("cuda"))
+    else:
+        results = run(plan or (QUICK if options.quick else full_plan(options.all)))
     folder = options.out or (None if options.quick else FOLDER)
     if folder:
         write(results, folder)

@@ -21,6 +21,7 @@ def describe() -> dict[str, Any]:
         "kernels": native.INSTRUCTIONS,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
         "date": datetime.now(UTC).date().isoformat(),

@@ -21,11 +21,24 @@ class Timing:
     rounds: int
 
 
-def compare(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, for about `seconds` in all and at least `least` rounds."""
+def settle_cpu() -> None:
+    """A CPU has done what was called."""
+
+
+def compare(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    least: int = 5,
+    settle: Callable[[], object] = settle_cpu,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round, for about `seconds` in all and at least `least` rounds.
+
+    `settle` returns when the device has done what was called, which a GPU does later.
+    """
     for call in calls.values():
         call()
         call()
+    settle()
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     end = time.perf_counter() + seconds
@@ -35,6 +48,7 @@ def compare(calls: Mapping[str, Callable[[], object]], seconds: float, least: in
         for name, call in order:
             start = time.perf_counter()
             call()
+            settle()
             times[name].append((time.perf_counter() - start) * 1e3)
         rounds += 1
     return times

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import plots
-from benchmarks.__main__ import Plan, _line, full_plan, main
+from benchmarks.__main__ import Plan, _line, full_plan, main, run_on_gpu, write
 from benchmarks.check import shortfalls
 from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
@@ -219,6 +219,33 @@ def test_a_model_of_timm_is_of_like_size_up_to_twice_the_parameters():
     assert _like_size({"params": 200}, {"params": 100})
     assert _like_size({"params": 1}, {"params": 100})
     assert not _like_size({"params": 201}, {"params": 100})
+
+
+def test_what_runs_on_a_gpu_stands_beside_its_dense_twin_and_has_no_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda model: model)  # half a minute of a core
+    records = run_on_gpu(TINY, torch.device("cpu"))["gpu"]
+    kinds = [(record["work"], record.get("backend")) for record in records]
+    levels = [(f"ButterflyAttention, level {level}", None) for level in (0, 1)]
+    model = [("butterfly_mixer_nano_32", mode) for mode in ("eager", "compiled", "training")]
+    assert kinds == [("ButterflyLinear", None), ("ButterflyMlp", None), *levels, *model]
+    assert all(record["sparse_ms"]["median"] > 0 and record["reach"] is None for record in records)
+    assert records[-1]["mac_ratio"] == 2.67
+    write({"gpu": records}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_without_a_gpu_the_benchmark_of_one_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--gpu"])
+    assert stopped.value.code == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_a_device_that_works_on_is_waited_for():
+    calls = []
+    compare({"a": lambda: calls.append("a")}, seconds=0, least=2, settle=lambda: calls.append("done"))
+    assert calls == ["a", "a", "done", "a", "done", "a", "done"]
 
 
 def test_speedup_is_the_median_of_the_ratios_of_each_round():
