@@ -1,4 +1,4 @@
-"""Runs the benchmark: `python -m benchmarks [--quick | --gpu] [--check] [--all] [--out FOLDER]`.
+"""Runs the benchmark: `python -m benchmarks [--quick | --gpu | --all] [--check] [--out FOLDER]`.
 
 Writes one JSON file a subject and the plots. `--quick` runs the layers alone, briefly, and writes nothing unless told
 where; `--gpu` runs what there is for a GPU and nothing else; `--check` exits with 1 if a ratio falls short.
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     alone.add_argument("--quick", action="store_true", help="the ratios of the layers alone, in less than a minute")
     alone.add_argument("--gpu", action="store_true", help="layers and models on a GPU alone, in bfloat16")
     parser.add_argument("--check", action="store_true", help="exit with 1 and name the ratios that fall short")
-    parser.add_argument("--all", action="store_true", help="every model compiled, in bfloat16 and in training too")
+    alone.add_argument("--all", action="store_true", help="every model compiled, in bfloat16 and in training too")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)

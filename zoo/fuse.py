@@ -5,7 +5,6 @@ them in each call.
 """
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
 from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold
+from .layers.patch_fold import nest, turn
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
@@ -48,6 +48,18 @@ def merge_groups(model: nn.Module, least: int) -> nn.Module:
             if 1 < width < least and rest == 0 and module.groups % merged == 0:
                 _merge(module, merged)
     return model
+
+
+def merged_weight(weight: Tensor, groups: int, merged: int) -> Tensor:
+    """The weight of a convolution in groups whose every `merged` neighbours are one, with zeros between them.
+
+    (out, in / groups, ...) -> (out, in / groups * merged, ...). Gradients pass.
+    """
+    out, width, *kernel = weight.shape
+    rest = [1] * len(kernel)
+    same = torch.eye(merged, dtype=weight.dtype, device=weight.device).view(merged, 1, merged, 1, *rest)
+    blocks = weight.reshape(groups // merged, merged, out // groups, 1, width, *kernel)
+    return (blocks * same).reshape(out, merged * width, *kernel)
 
 
 def convolve_levels(model: nn.Module, least: int) -> nn.Module:
@@ -111,28 +123,12 @@ class _InPatches(nn.Module):
 
 
 class _Turn(nn.Module):
-    """Patches of one fold to those of another of the same square image, both (B, num_patches, p * p * C).
+    """Patches of one fold to those of another that nests with it, both (B, num_patches, p * p * C)."""
 
-    Both cut the rows and the columns of pixels into axes, at the strides of either's pixels and patches: the `bounds`.
-    What lies between two of these is an axis of both, with another place among the axes.
-    """
-
-    def __init__(self, source: PatchFold, target: PatchFold, bounds: list[int]) -> None:
+    def __init__(self, source: PatchFold, target: PatchFold) -> None:
         super().__init__()
-        sizes = {stride: following // stride for stride, following in pairwise(bounds)}
-        before, after = self._axes(source, sizes), self._axes(target, sizes)
-        channels = len(before) + 1
-        self.sizes = [-1, *[sizes[stride] for _, stride in before], source.channels]
-        self.order = [0, *[before.index(axis) + 1 for axis in after], channels]
+        self.sizes, self.order = turn(source, target)
         self.shape = [-1, target.num_patches, target.values]
-
-    @staticmethod
-    def _axes(fold: PatchFold, sizes: dict[int, int]) -> list[tuple[str, int]]:
-        """Where a patch lies, by rows and by columns, then which of its pixels, each with the longest stride first."""
-        strides = sorted(sizes, reverse=True)
-        within = [stride for stride in strides if fold.stride <= stride < fold.stride * fold.patch_size]
-        beyond = [stride for stride in strides if stride not in within]
-        return [(side, stride) for part in (beyond, within) for side in ("row", "column") for stride in part]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, source.num_patches, values) -> (B, target.num_patches, values)."""
@@ -143,9 +139,8 @@ def _turns(source: PatchFold, target: PatchFold, image: PatchFold) -> nn.Sequent
     """One `_Turn`, by way of the image where the patches of the two do not nest, or none where they are the same."""
     if (source.patch_size, source.stride) == (target.patch_size, target.stride):
         return nn.Sequential()
-    bounds = {1, image.rows} | {fold.stride * size for fold in (source, target) for size in (1, fold.patch_size)}
-    if all(b % a == 0 for a, b in pairwise(sorted(bounds))):
-        return nn.Sequential(_Turn(source, target, sorted(bounds)))
+    if nest(source, target):
+        return nn.Sequential(_Turn(source, target))
     return nn.Sequential(*_turns(source, image, image), *_turns(image, target, image))
 
 
@@ -193,13 +188,7 @@ def _merges(schedule: ButterflySchedule, least: int) -> bool:
     return radix % least == 0 or (least % radix == 0 and blocks % (least // radix) == 0)
 
 
-@torch.no_grad()
 def _merge(conv: nn.Conv2d, merged: int) -> None:
-    """Every `merged` groups become one with a block-diagonal weight."""
-    groups, width = conv.groups, conv.weight.shape[1]
-    blocks = conv.weight.reshape(groups // merged, merged, -1, width, *conv.kernel_size)
-    weight = blocks.new_zeros(groups // merged, merged, blocks.shape[2], merged, width, *conv.kernel_size)
-    for i in range(merged):
-        weight[:, i, :, i] = blocks[:, i]
-    conv.weight = nn.Parameter(weight.reshape(len(conv.weight), merged * width, *conv.kernel_size))
+    """Every `merged` groups become one."""
+    conv.weight = nn.Parameter(merged_weight(conv.weight.detach(), conv.groups, merged))
     conv.groups //= merged

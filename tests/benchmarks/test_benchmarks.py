@@ -242,6 +242,13 @@ def test_without_a_gpu_the_benchmark_of_one_says_so(capsys, monkeypatch):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
+def test_gpu_and_all_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--gpu", "--all"])
+    assert stopped.value.code == 2
+    assert "--all: not allowed with argument --gpu" in capsys.readouterr().err
+
+
 def test_a_device_that_works_on_is_waited_for():
     calls = []
     compare({"a": lambda: calls.append("a")}, seconds=0, least=2, settle=lambda: calls.append("done"))
