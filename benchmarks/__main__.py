@@ -74,13 +74,12 @@ ON_GPU = Plan(seconds=0.3, rows=(2048, 32768), models=COMPILED, batches=(64, 102
 
 
 def full_plan(every: bool = False) -> Plan:
-    """Everything, among it the sparse models with weights and all dense ones that were trained.
+    """Everything: the sparse models with weights beside their twins, and once whatever else was trained.
 
     With `every`, each model compiled, in bfloat16 and in training too.
     """
     bundled = {card.architecture for card in cards().values() if dense_twin(card.architecture)}
     trained = {card.architecture for card in [*cards().values(), *unbundled()]}
-    dense = {name for name in trained if not dense_twin(name)} - set(TIMM)
     models = tuple(dict.fromkeys((*SPARSE, *sorted(bundled))))
     return Plan(
         seconds=0.5,
@@ -90,7 +89,7 @@ def full_plan(every: bool = False) -> Plan:
         models=models,
         sample=models if every else SPARSE,
         compiled=tuple(sorted(bundled)) if every else COMPILED,
-        others=(*sorted(dense), *TIMM),
+        others=(*sorted(trained - {*models, *TIMM}), *TIMM),
         equals=("fused", "onnxruntime"),
         operators=True,
     )
