@@ -17,7 +17,6 @@ from benchmarks.timing import compare, speedup, summary
 from benchmarks.trained import by_cpu_recipes, last_trained, trained_alike, unbundled
 from dimmix.checkpoints import cards
 from dimmix.layers import native
-from dimmix.registry import dense_twin
 
 TINY = Plan(
     seconds=0,
