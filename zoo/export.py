@@ -82,6 +82,8 @@ def export_model(
         try:
             writers[kind](temporary)
             difference = _largest_difference(reference, _reload(temporary, kind, model), images)
+        except ModuleNotFoundError as error:
+            raise DimmixError(f"the export to {kind} needs {error.name}: pip install 'dimmix[export]'") from None
         except Exception as error:  # exporters and runtimes each raise their own
             raise DimmixError(f"{spec.name}: the export to {kind} failed ({first_line(error)})") from error
         if not difference <= atol:

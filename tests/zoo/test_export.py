@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -257,3 +258,10 @@ def test_an_archive_of_logits_alone_is_one_line(loaded, tmp_path):
     torch.export.save(program, tmp_path / "m.pt2", extra_files={"dimmix": loaded[1].to_json()})
     with pytest.raises(DimmixError, match=r"m\.pt2: no labels, preprocessing and features in it; make it with"):
         load_runtime(str(tmp_path / "m.pt2"))
+
+
+def test_an_export_without_its_library_says_what_to_install(loaded, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(DimmixError, match=r"export to onnx needs onnx: pip install 'dimmix\[export\]'"):
+        export_model(*loaded[:2], "onnx", tmp_path / "model.onnx", images, atol=1e-3)
+    assert list(tmp_path.iterdir()) == []
