@@ -44,7 +44,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="NAME[.tag], hf-hub:org/name, local-dir:PATH, or a .onnx or .pt2 file. Default: the best bundled one for CIFAR-100.",
+        help="NAME[.tag], hf-hub:org/name, local-dir:PATH, or a .onnx or .pt2 file. Default: the best for CIFAR-100.",
     ),
 ]
 CheckpointOption = Annotated[

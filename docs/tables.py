@@ -66,9 +66,9 @@ above. The weights of the first are not kept; their cards are in docs/cards/cpu.
 
 {seeds}
 
-Mean and standard deviation of top-1 over trainings by one recipe that differ in the seed; the third of the ViT and of the
-Butterfly Mixer followed a second training of the teacher ([docs/models.md](docs/models.md)). The cards of the seeds after
-the first are in docs/seeds.
+Mean and standard deviation of top-1 over trainings by one recipe that differ in the seed; the third of the ViT and of
+the Butterfly Mixer followed a second training of the teacher ([docs/models.md](docs/models.md)). The cards of the seeds
+after the first are in docs/seeds.
 
 ## Intended use
 
