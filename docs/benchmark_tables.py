@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Record = dict[str, Any]
@@ -36,6 +37,21 @@ def _machine() -> str:
     processor = f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
     kernels = f"kernels {machine['kernels'] or 'off'}"
     return f"{processor}; {kernels}; {versions}; {machine['date']}"
+
+
+def _summary() -> str:
+    """The ratios of each kind of work: the least, the median and the most, and how many reach their mark."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in _records("linear", "mlp"):
+        groups.setdefault((f"{record['work']}, {record['mode']}", "dense layer"), []).append(record)
+    groups["attention, both levels", "all tokens"] = _records("attention")
+    for subject, against in (("twins", "dense twin"), ("equals", "dense ResNet of equal accuracy")):
+        for record in _records(subject):
+            images = "one image" if record["batch"] == 1 else f"{record['batch']} images"
+            groups.setdefault((f"models, {record['backend']}, {images}", against), []).append(record)
+    return markdown_table(
+        list(groups.items()), {"work": lambda group: group[0][0], "beside": lambda group: group[0][1]} | _SPREAD
+    )
 
 
 def _layers(modes: Sequence[str]) -> str:
@@ -178,6 +194,16 @@ def _get(key: str) -> Callable[[Record], object]:
     return lambda record: record[key]
 
 
+def _ratios(group: tuple[Any, list[Record]]) -> list[float]:
+    return [record["faster"] for record in group[1]]
+
+
+def _reaching(records: Sequence[Record]) -> str:
+    marked = [record for record in records if record["reach"] is not None]
+    reached = sum(record["faster"] >= record["reach"] for record in marked)
+    return f"{reached} of {len(marked)}" if marked else "no mark"
+
+
 def _time(key: str) -> Callable[[Record], object]:
     return lambda record: _milliseconds(record[key])
 
@@ -204,9 +230,17 @@ _PAIR: dict[str, Callable[[Record], object]] = {
     "to reach": _reach,
 }
 
+_SPREAD: dict[str, Callable[[Any], object]] = {
+    "least": lambda group: f"{min(_ratios(group)):.3g}",
+    "median": lambda group: f"{median(_ratios(group)):.3g}",
+    "most": lambda group: f"{max(_ratios(group)):.3g}",
+    "reach their mark": lambda group: _reaching(group[1]),
+}
+
 TABLES: dict[str, Callable[[], str]] = {
     "kernels": _kernels,
     "machine": _machine,
+    "summary": _summary,
     "layers": lambda: _layers(["float32"]),
     "modes": lambda: _layers(["bfloat16", "training"]),
     "attention": _attention,
