@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse as torch_fuse
 
 from dimmix import list_models
+from dimmix.benchmark import compiled
 from dimmix.checkpoints import Card
 from dimmix.export import export_model
 from dimmix.fuse import fuse
@@ -130,8 +131,7 @@ def _runner(model: nn.Module, backend: str) -> Callable[[torch.Tensor], object]:
         return _training_step(model.train())
     if backend == "fused":
         model = fuse(model)
-    torch._dynamo.config.recompile_limit = 256  # of `Trunk.forward`, which all our models share, at two batch sizes
-    run = torch.compile(model) if backend == "compiled" else model
+    run = compiled(model) if backend == "compiled" else model
 
     @torch.no_grad()
     def call(x: torch.Tensor) -> object:

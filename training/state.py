@@ -53,4 +53,6 @@ def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer], tensors: dic
                 value, key = tensors[name], name.removeprefix(prefix)
                 if value.shape == parameter.shape:
                     value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+                else:  # the count of steps, which fused updates want beside the parameter
+                    value = value.to(parameter.device)
                 optimizer.state[parameter][key] = value

@@ -48,7 +48,8 @@ def open_dataset(
     """The data set at `data`: a folder of class folders, a parquet file or folder of shards, `hf://org/dataset`, or a
     CIFAR python archive (its .tar.gz or the folder in it).
 
-    `split` is by default the held-out one; the columns by default the first with images and the first with integers.
+    `split` is by default the held-out one. The columns are by default those that the Hub's metadata say are images and
+    classes, or that are named so, or the first with images and the first with integers, or else with texts.
 
     Raises:
         DimmixError: nothing there that is one of these, or no such split or column.
@@ -63,15 +64,15 @@ def open_dataset(
     if path.is_file():
         if path.suffix != ".parquet":
             raise DimmixError(f"{data}: neither a folder, a .parquet file nor a CIFAR archive")
-        named = path.stem.split("-")[0]
+        named = _split_of(path)
         if named not in ("train", *SPLITS):
             named = split or "all"
         split = _choose_split(data, split, [named])
         return _from_parquet(data, [path], split, image_column, label_column)
     if shards := sorted(path.glob("**/*.parquet")):
-        found = sorted({shard.name.split("-")[0].removesuffix(".parquet") for shard in shards})
+        found = sorted({_split_of(shard) for shard in shards})
         chosen = _choose_split(data, split, found)
-        shards = [shard for shard in shards if shard.name.split("-")[0].removesuffix(".parquet") == chosen]
+        shards = [shard for shard in shards if _split_of(shard) == chosen]
         return _from_parquet(data, shards, chosen, image_column, label_column)
     if image_column or label_column:
         raise DimmixError(f"{data}: folders have no columns; leave --image-column and --label-column out", exit_code=2)
@@ -237,11 +238,18 @@ def _choose_columns(
     binary |= {f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0}
     texts = {f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)}
     images = [name for name in schema.names if name in binary]
-    classes = [f.name for f in schema if pa.types.is_integer(f.type) or f.name in texts]
+    classes = [f.name for f in schema if pa.types.is_integer(f.type)] + [f.name for f in schema if f.name in texts]
     image_column = _choose_column(data, "image", image_column, images, features, "Image")
     label_column = _choose_column(data, "label", label_column, classes, features, "ClassLabel")
     names = None if label_column in texts else tuple(features.get(label_column, {}).get("names") or ())
     return image_column, label_column, names
+
+
+def _split_of(shard: Path) -> str:
+    """The split that a Parquet file is of, by its name (train-00000-of-00002) or else its folder's (train/0000)."""
+    named = shard.stem.split("-")[0]
+    splits = ("train", *SPLITS)
+    return shard.parent.name if named not in splits and shard.parent.name in splits else named
 
 
 def _declared_features(schema: Any) -> dict[str, Any]:

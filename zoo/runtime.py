@@ -133,13 +133,13 @@ class OnnxRuntime:
         except ImportError:
             raise DimmixError(f"{path} needs onnxruntime: pip install 'dimmix[export]'") from None
 
-        if device == "mps":
-            raise DimmixError(f"--device mps: {path} runs on cpu or cuda", exit_code=2)
-        providers = ["CPUExecutionProvider"]
+        if device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise DimmixError(f"--device {device}: {path} runs on cpu or cuda", exit_code=2)
+        providers: list[Any] = ["CPUExecutionProvider"]
         if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        elif device == "cuda":
-            raise DimmixError("--device cuda: this onnxruntime has no CUDA provider", exit_code=2)
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"}))
+        elif device.startswith("cuda"):
+            raise DimmixError(f"--device {device}: this onnxruntime has no CUDA provider", exit_code=2)
         options = onnxruntime.SessionOptions()
         # Else its threads wait actively for a while after each run, and hold up decoding, or another session.
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -48,3 +48,10 @@ def test_a_restored_optimizer_takes_the_same_step(name: str) -> None:
     step(other, others)
     for expected, actual in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(expected, actual)
+
+
+def test_the_count_of_steps_goes_to_its_parameters_device() -> None:
+    weight = nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    load_optimizer_tensors([optimizer], {"optimizer.0.0.step": torch.tensor(3.0)})
+    assert optimizer.state[weight]["step"].device == weight.device

@@ -246,3 +246,22 @@ def test_a_damaged_cifar_archive_is_one_line(tmp_path):
     cifar_archive(path, {"batches.meta": {b"label_names": list(LABELS)}}, {"test_batch": [1, 2]})
     with pytest.raises(DimmixError, match="not a whole CIFAR python archive"):
         open_dataset(str(path))
+
+
+def test_shards_in_a_folder_for_each_split_are_of_that_split(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    for split, count in (("train", 6), ("test", 3)):
+        folder = tmp_path / "default" / split
+        folder.mkdir(parents=True)
+        table = pa.table({"image": [b"x"] * count, "label": list(range(count))})
+        pa.parquet.write_table(table, folder / "0000.parquet")
+    datasets = [open_dataset(str(tmp_path), split=split) for split in (None, "train")]
+    assert [(dataset.split, dataset.length) for dataset in datasets] == [("test", 3), ("train", 6)]
+
+
+def test_integers_are_classes_before_texts_are(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [b"x"] * 2, "filename": ["0.png", "1.png"], "target": [1, 0]})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    dataset = open_dataset(str(tmp_path / "x.parquet"))
+    assert [sample.label for sample in dataset] == [1, 0]

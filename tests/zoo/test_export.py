@@ -17,10 +17,10 @@ import torch
 from dimmix import Classifier
 from dimmix.datasets import open_dataset
 from dimmix.errors import DimmixError
-from dimmix.export import export_model, is_convolutional, sample_dataset, split_dataset
+from dimmix.export import BATCHES, _largest_difference, export_model, is_convolutional, sample_dataset, split_dataset
 from dimmix.images import sample_images
 from dimmix.pt2 import _EXPRESSION
-from dimmix.runtime import load_model, load_runtime
+from dimmix.runtime import TorchRuntime, load_model, load_runtime
 
 from ..conftest import CIFAR10, LABELS
 
@@ -265,3 +265,12 @@ def test_an_export_without_its_library_says_what_to_install(loaded, images, tmp_
     with pytest.raises(DimmixError, match=r"export to onnx needs onnx: pip install 'dimmix\[export\]'"):
         export_model(*loaded[:2], "onnx", tmp_path / "model.onnx", images, atol=1e-3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_gives_nan_for_some_batch_is_no_match(loaded, images):
+    class Broken(TorchRuntime):
+        def logits(self, batch):
+            return super().logits(batch) * (np.nan if len(batch) == BATCHES[-1] else 1)
+
+    runtimes = [kind(*loaded, torch.device("cpu")) for kind in (TorchRuntime, Broken)]
+    assert np.isnan(_largest_difference(*runtimes, images))

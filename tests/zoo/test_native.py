@@ -297,3 +297,66 @@ def test_models_answer_the_same_without(name):
         with native.switched_off():
             assert (model(x) - by_kernels).abs().max() < 1e-5
         assert torch.equal(model(x), by_kernels)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch.func's own
+@pytest.mark.parametrize("name", ["butterfly_mixer_fast_32", "butterfly_resnet_fast_32"])
+def test_what_torch_func_transforms_goes_by_torchs_operators(name):
+    torch.manual_seed(0)
+    models = [timm.create_model(name, num_classes=3).eval() for _ in range(2)]
+    x, tangent = torch.randn(2, 2, 3, 32, 32).unbind(0)
+    slope = torch.func.jvp(models[0], (x,), (tangent,))[1]
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(models[0], (x,), (tangent,))[1], slope)
+        each = torch.func.vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+        torch.testing.assert_close(each, torch.stack([model(x) for model in models]), rtol=1e-4, atol=1e-5)
+    assert slope.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("vit_butterfly_nano_patch4_32", "blocks.0.attn"), ("butterfly_resnet_fast_32", "blocks.0.0.conv1")],
+)
+@torch.no_grad()
+def test_a_forward_that_was_replaced_is_called(name, path):
+    model = timm.create_model(name, num_classes=3).eval()
+    module, calls = model.get_submodule(path), []
+    forward = module.forward
+    module.forward = lambda *inputs: calls.append(1) or forward(*inputs)
+    model(torch.randn(1, 3, 32, 32))
+    assert calls == [1]
+
+
+@torch.no_grad()
+def test_an_adapter_in_place_of_the_map_to_queries_is_called():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    model = timm.create_model("vit_butterfly_nano_patch4_32", num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    for block in model.blocks:
+        block.attn.qkv = Adapter(block.attn.qkv)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_are_on_again_when_the_last_who_wanted_them_off_is_done():
+    first, second = native.switched_off(), native.switched_off()
+    x = torch.randn(2, 2)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not native.takes(x)
+        second.__exit__(None, None, None)
+        assert native.takes(x)

@@ -61,7 +61,7 @@ class ButterflyAttention(nn.Module):
         """Attend within the groups of another level, as when the number of tokens changes; no weight depends on it."""
         self.level = (level.groups, level.radix, level.stride)
         self.radix, self.fold = level.radix, level.stride * self.num_heads
-        device = self.qkv.weight.device
+        device = next(self.parameters()).device
         self.permute = None if level.order is None else Permute(list(level.order), dim=1, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,11 +89,11 @@ class ButterflyAttention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""
+        if not torch.jit.is_scripting() and not is_as_built(self.qkv):  # an adapter, a parametrised map
+            q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
+            return q, k, v
         weight, bias = self.qkv.weight, self.qkv.bias
         if not torch.jit.is_scripting():
-            if not is_as_built(self.qkv):  # an adapter, a parametrised map
-                q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
-                return q, k, v
             if self.radix <= native.LONGEST:
                 y = by_kernel(self.qkv, x)
                 if y is not None:

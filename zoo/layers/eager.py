@@ -33,9 +33,9 @@ def on_cpu_untraced(x: Tensor) -> bool:
 
 @torch.jit.unused
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for calls of a module, or makes its weights as it is called (pruning, weight norm)."""
+    """Whether something waits for calls of a module, stands in for its `forward`, or makes its weights in its call."""
     before, after = module._forward_pre_hooks, module._forward_hooks
-    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks or "forward" in module.__dict__)
 
 
 @torch.jit.unused

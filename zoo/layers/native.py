@@ -11,10 +11,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import infers_on_cpu, is_hooked, parameter
@@ -34,15 +36,21 @@ def _choose(wish: str) -> str:
 INSTRUCTIONS = _choose(os.environ.get("DIMMIX_NATIVE", ""))
 
 
+_off = 0  # how many want them off
+_counting = Lock()
+
+
 @contextmanager
 def switched_off() -> Iterator[None]:
     """Torch's operators alone within, in all threads: to compare with."""
-    global INSTRUCTIONS
-    chosen, INSTRUCTIONS = INSTRUCTIONS, ""
+    global _off
+    with _counting:
+        _off += 1
     try:
         yield
     finally:
-        INSTRUCTIONS = chosen
+        with _counting:
+            _off -= 1
 
 
 LONGEST = 1024
@@ -84,9 +92,16 @@ _PLAIN = (Tensor, nn.Parameter)
 @torch.jit.unused
 def takes(x: Tensor) -> bool:
     """Whether the kernels may take x: inference in plain float32 on a CPU that they know."""
-    if not INSTRUCTIONS or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu"):
+    if not INSTRUCTIONS or _off or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu") or _is_transformed():
         return False
     return type(x) in _PLAIN and x.dtype == torch.float32 and x.numel() > 0
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def steps_of(parts: nn.Module) -> list[Step]:
