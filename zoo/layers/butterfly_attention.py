@@ -89,9 +89,10 @@ class ButterflyAttention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B * N, C) -> three of that shape, each contiguous, but for `native.attend`."""
-        if not torch.jit.is_scripting() and not is_as_built(self.qkv):  # an adapter, a parametrised map
-            q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
-            return q, k, v
+        if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one  # noqa: SIM102
+            if not is_as_built(self.qkv):  # an adapter, a parametrised map
+                q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
+                return q, k, v
         weight, bias = self.qkv.weight, self.qkv.bias
         if not torch.jit.is_scripting():
             if self.radix <= native.LONGEST:
