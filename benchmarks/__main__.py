@@ -6,7 +6,6 @@ where; `--gpu` runs what there is for a GPU and nothing else; `--check` exits wi
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 
 from dimmix.allocator import keep_freed_memory
 from dimmix.checkpoints import cards
+from dimmix.files import write_atomically
 from dimmix.layers import native
 from dimmix.registry import dense_twin
 
@@ -140,9 +140,8 @@ def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe()
     for subject, records in results.items():
-        temporary = folder / f".{subject}.json"
-        temporary.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
-        os.replace(temporary, folder / f"{subject}.json")
+        text = json.dumps({"machine": machine, "records": records}, indent=1) + "\n"
+        write_atomically(folder / f"{subject}.json", text.encode())
     if "linear" in results:
         plots.draw_attention(results["attention"], folder / "attention.png")
         plots.draw_linear(results["linear"], folder / "linear.png")

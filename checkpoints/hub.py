@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dimmix.errors import first_line
+
 from .card import cards, hub_id, namespace
 from .errors import CheckpointError, DamagedError
 from .header import file_sha256, verify
@@ -248,9 +250,5 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, ValueError | RuntimeError) and cause is not None:  # "... failed due to the above error"
         return _reason(cause)
     if type(error).__module__.startswith(("http", "requests")):
-        return f"no connection to {constants.ENDPOINT} ({_first_line(error)}); check the network or HF_ENDPOINT"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        return f"no connection to {constants.ENDPOINT} ({first_line(error)}); check the network or HF_ENDPOINT"
+    return first_line(error)

@@ -2,19 +2,18 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dimmix.errors import first_line
+from dimmix.files import new_folder
 
 from .card import Card
 from .errors import CheckpointError
 from .header import verify
 from .hub import WEIGHTS, one_line
-from .lookup import find, find_card
+from .lookup import find, find_card, split_hub_name
 
 CARD = "model.json"  # beside model.safetensors, as every card lies beside its weights
 
@@ -43,20 +42,15 @@ def write_folder(card: Card, weights: Path, folder: Path, repository: str | None
     The folder appears complete or not at all. `repository` is what the README tells people to load.
 
     Raises:
-        CheckpointError: the folder holds something, cannot be written, or timm does not load back what was written.
+        DimmixError: the folder holds something, cannot be written, or timm does not load back what was written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an empty folder; name a new one")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            draft = Path(temporary) / "draft"
-            draft.mkdir()
+        with new_folder(folder) as draft:
             shutil.copyfile(weights, draft / WEIGHTS)
             for name, text in _texts(card, repository or card.hub_id).items():
                 (draft / name).write_text(text, encoding="utf-8")
             _load_back(draft)
-            os.replace(draft, folder)
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
     return sorted(folder.iterdir())
@@ -174,7 +168,7 @@ def _base_model(card: Card) -> str | None:
     start = find_card(card.started_from)
     if start is not None:
         return start.hub_id
-    return card.started_from.removeprefix("hf-hub:") if card.started_from.startswith("hf-hub:") else None
+    return split_hub_name(card.started_from)[0]
 
 
 README = """---

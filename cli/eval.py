@@ -82,8 +82,7 @@ def evaluate(
         for error in result.errors:
             note(str(error))
         sink.title = f"{result.model} on {result.data}"
-        classes = {f"accuracy of {name}": accuracy for name, accuracy in result.per_class_accuracy.items()}
-        sink.write(result.record() | (classes if sink.format is Format.table else {}))
+        sink.write(result.record() | (_class_rows(result) if sink.format is Format.table else {}))
     if report is not None:
         from dimmix.report import write_report
 
@@ -92,6 +91,15 @@ def evaluate(
         _check(result, classifier)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _class_rows(result: "Evaluation") -> dict[str, float]:
+    """A row of the table for each class; one whose name an earlier class has too gets a number."""
+    rows: dict[str, float] = {}
+    for name, accuracy in result.class_accuracies:
+        row = f"accuracy of {name}"
+        rows[row if row not in rows else f"{row} ({len(rows) + 1})"] = accuracy
+    return rows
 
 
 def _make_folder(path: Path) -> None:

@@ -80,6 +80,9 @@ def main() -> None:
     except DimmixError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a folder that cannot be made, a full disk
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", 130))
 

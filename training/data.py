@@ -70,7 +70,7 @@ def load_images(root: Path, data: Data, split: str | None, cache: Path | None = 
     dataset = open_dataset(str(folder), split=split, label_column=data.label or None)
     if split is None and dataset.split not in SPLITS:
         raise DimmixError(f"{folder}: no split is held out; there must be a test split to evaluate on")
-    stored = cache / f"{data.name}-{dataset.split}-{_key(folder, data, dataset)}" if cache else None
+    stored = cache / f"{data.name}-{dataset.split}-{_key(folder, data, dataset, cache)}" if cache else None
     arrays = _read_cache(stored) if stored else None
     if arrays is None:
         arrays = _decode(dataset, data)
@@ -116,10 +116,19 @@ def _rows(rows: list[int]) -> str:
     return f"rows {listed}" + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
 
 
-def _key(folder: Path, data: Data, dataset: LabelledImages) -> str:
-    """Changes when a file of the data set, or what is read out of it, does."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()]
-    facts = [sorted(files), str(folder.resolve()), dataset.split, data.label, data.image_size]
+def _key(folder: Path, data: Data, dataset: LabelledImages, cache: Path) -> str:
+    """Changes when a file of the data set, or what is read out of it, does.
+
+    The runs, beside the cache, may lie inside the data set's folder, and are none of it.
+    """
+    folder, runs = folder.resolve(), cache.resolve().parent
+    outside = folder not in runs.parents
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and (outside or runs not in path.parents)
+    ]
+    facts = [sorted(files), dataset.split, data.label, data.image_size]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

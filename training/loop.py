@@ -283,8 +283,8 @@ class Run:
             trim_log(folder / LOG, 0)
             return Position()
         tensors, facts = read_state(path)
-        saved = parse_recipe(facts["recipe"], self.recipe.path).to_json() | {"split": facts["split"]}
-        if changed := _differences(saved, self.recipe.to_json() | {"split": self.options.split}):
+        saved = _what_counts(parse_recipe(facts["recipe"], self.recipe.path), facts["split"])
+        if changed := _differences(saved, _what_counts(self.recipe, self.options.split)):
             raise DimmixError(
                 f"{path} is of another recipe: {'; '.join(changed)}; put that back, choose another --name, or --restart"
             )
@@ -309,6 +309,13 @@ def _load(recipe: Recipe, options: Options) -> tuple[Images, Images]:
     if not 0 < held_back < len(training):
         raise DimmixError(f"{recipe.path}: data.held_back must leave some of the {len(training)} training rows")
     return training[:-held_back], training[-held_back:]
+
+
+def _what_counts(recipe: Recipe, split: str) -> dict[str, Any]:
+    """What a run may not change on its way: all but the recipe's words."""
+    facts = recipe.to_json() | {"split": split}
+    del facts["about"], facts["train"]["needs"]
+    return facts
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

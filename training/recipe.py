@@ -10,6 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dimmix.data_cfg import CIFAR10_MEAN, CIFAR10_STD
 from dimmix.errors import DimmixError
 
 
@@ -24,8 +25,8 @@ class Data:
     name: str  # the folder of Parquet shards under --data
     label: str = ""  # the label column; needed only where the schema names several
     image_size: int = 32
-    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
-    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    mean: tuple[float, ...] = CIFAR10_MEAN
+    std: tuple[float, ...] = CIFAR10_STD
     held_back: int = 5000  # last training rows, which `--split val` evaluates on
 
 

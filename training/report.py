@@ -77,13 +77,12 @@ def measure(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> dict[str,
     evaluation = Evaluation("", "", "", list(names))
     samples = [Sample(None, label, f"row {row}") for row, label in enumerate(labels.tolist())]
     evaluation.update(logits.double().numpy(), labels.numpy(), samples)
-    seen, hits = evaluation.confusion.sum(1).tolist(), evaluation.confusion.diagonal().tolist()
     return {
         "top1": evaluation.top1,
         "top5": evaluation.top5,
         "nll": evaluation.nll,
         "ece": evaluation.ece,
-        "per_class_accuracy": tuple(100 * hit / rows if rows else None for hit, rows in zip(hits, seen, strict=True)),
+        "per_class_accuracy": evaluation.per_class_accuracy,
     }
 
 

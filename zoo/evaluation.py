@@ -120,11 +120,16 @@ class Evaluation:
         return [answer for _, _, answer in sorted(self._mistakes, key=lambda entry: -entry[0])]
 
     @property
-    def per_class_accuracy(self) -> dict[str, float]:
-        """Percent for each class of which there were images."""
-        seen = self.confusion.sum(1)
-        hits = self.confusion.diagonal()
-        return {self.labels[i]: 100 * float(hits[i] / seen[i]) for i in range(len(self.labels)) if seen[i]}
+    def per_class_accuracy(self) -> tuple[float | None, ...]:
+        """Percent for each class, in the order of `labels`; None for one of which there were no images."""
+        seen, hits = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return tuple(100 * hit / images if images else None for hit, images in zip(hits, seen, strict=True))
+
+    @property
+    def class_accuracies(self) -> list[tuple[str, float]]:
+        """(class, percent) for each class of which there were images; ImageNet has two classes called crane."""
+        rows = zip(self.labels, self.per_class_accuracy, strict=True)
+        return [(label, accuracy) for label, accuracy in rows if accuracy is not None]
 
     def record(self) -> dict[str, Any]:
         """What `dimmix eval --format json` prints."""

@@ -29,7 +29,10 @@ class LayerReach:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of one image: `heat` is a Grad-CAM, float32 (H, W) in 0..1, of the input as the model sees it."""
+    """Of one image: `image` is uint8 (H, W, C), the input as the model sees it, `heat` a Grad-CAM of it.
+
+    The heat is float32 (H, W) in 0..1.
+    """
 
     prediction: Prediction
     image: np.ndarray
@@ -49,6 +52,8 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
         raise DimmixError(f"{classifier.name}: only a model of dimmix, not a file, can be explained", exit_code=2)
     if index is not None and not 0 <= index < len(classifier.labels):
         raise DimmixError(f"{classifier.name} has {len(classifier.labels)} classes, and no class {index}", exit_code=2)
+    if not classifier.labels:
+        raise DimmixError(f"{classifier.name} has no classifier, and so nothing to explain", exit_code=2)
     crop = classifier.prepare(image)
     pixels = torch.from_numpy(classifier.to_batch([crop]))
     outputs: list[torch.Tensor] = []
@@ -69,7 +74,16 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
     heat = _grad_cam(_to_map(model, outputs[-1].detach()), maps[-1], pixels.shape[-2:])
     score = float(softmax(logits[0].detach().cpu().numpy(), classifier.name)[index])
     prediction = Prediction(classifier.labels[index], index, score)
-    return Explanation(prediction, crop, layers, heat)
+    return Explanation(prediction, _shown(crop), layers, heat)
+
+
+def _shown(crop: np.ndarray) -> np.ndarray:
+    """What `prepare` returned as (H, W, C); of an image that came transformed each channel's range is spread."""
+    if crop.dtype == np.uint8:
+        return crop
+    crop = np.moveaxis(crop, 0, -1)
+    low, high = crop.min((0, 1)), crop.max((0, 1))
+    return (255 * (crop - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)
 
 
 def _to_map(model: Trunk, features: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,7 @@ class PatchOnlyMixer(Trunk):
     """See the module's docstring.
 
     Args:
-        img_size: (H, W) or one number: the input; fixed, since the head has weights for every position.
+        img_size: (H, W) or one number: the input it is made for; one of another size is resized to the same grid.
         grid_size: side of the square image that is mixed, after resizing; every patch size divides it.
         patch_sizes: the alternating patch sizes; the depth counts rounds of all of them.
         strided: patches of a size are the levels of a butterfly over rows and columns: of neighbouring pixels, then of

@@ -46,7 +46,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
         title=html.escape(f"{evaluation.model} on {Path(evaluation.data).name}, {evaluation.split}"),
         metrics="".join(rows),
         reliability=_figure(evaluation, _draw_reliability, (5, 4)),
-        classes=_figure(evaluation, _draw_classes, (8, 1 + 0.22 * len(evaluation.per_class_accuracy))),
+        classes=_figure(evaluation, _draw_classes, (8, 1 + 0.22 * len(evaluation.class_accuracies))),
         confusion=_figure(evaluation, _draw_confusion, (8, 7)),
         mistakes="".join(_mistake(evaluation, answer) for answer in evaluation.mistakes) or "<p>There are none.</p>",
     )
@@ -84,8 +84,8 @@ def _draw_reliability(evaluation: Evaluation, axes: "Axes") -> None:
 
 
 def _draw_classes(evaluation: Evaluation, axes: "Axes") -> None:
-    names, accuracies = zip(*sorted(evaluation.per_class_accuracy.items(), key=lambda item: item[1]), strict=True)
-    axes.barh(names, accuracies)
+    names, accuracies = zip(*sorted(evaluation.class_accuracies, key=lambda item: item[1]), strict=True)
+    axes.barh(range(len(names)), accuracies, tick_label=names)
     axes.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
 
 

@@ -13,6 +13,7 @@ from toy_checkpoint import make_card, weights
 
 import dimmix  # noqa: F401  registers the architectures
 from dimmix.checkpoints import Card, CheckpointError, publish
+from dimmix.errors import DimmixError
 from tests.hub_server import with_status
 
 ARCHITECTURE = "test_resnet"
@@ -71,7 +72,13 @@ def test_the_readme_carries_metadata_and_results(published):
 
 @pytest.mark.parametrize(
     ("started_from", "base_model"),
-    [("toy_net", "dimmix/toy_net.cifar10"), ("hf-hub:me/net", "me/net"), ("mine.safetensors", None), ("", None)],
+    [
+        ("toy_net", "dimmix/toy_net.cifar10"),
+        ("hf-hub:me/net", "me/net"),
+        ("hf_hub:me/net@v1", "me/net"),
+        ("mine.safetensors", None),
+        ("", None),
+    ],
 )
 def test_the_readme_says_what_training_started_from(trained, bundle, tmp_path, started_from, base_model):
     bundle(weights())
@@ -132,7 +139,7 @@ def test_a_store_that_fails_leaves_the_repository_as_it_was(hub, token, publishe
 def test_a_folder_that_holds_something_is_left_alone(trained, tmp_path):
     (tmp_path / "thesis.tex").touch()
     card, file = publish.open_source(str(trained[0]))
-    with pytest.raises(CheckpointError, match="is not an empty folder"):
+    with pytest.raises(DimmixError, match="there is something already"):
         publish.write_folder(card, file, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -74,6 +74,18 @@ def test_errors_are_one_line(
     assert said in error
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    toy: Path,
+    recipe_file: Callable[..., Path],
+) -> None:
+    (tmp_path / "runs").touch()
+    assert call(monkeypatch, recipe_file(), "--data", toy, "--runs", tmp_path / "runs") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'runs'}")
+
+
 def test_a_log_without_epochs_is_not_drawn(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(DimmixError, match="no epochs to draw"):

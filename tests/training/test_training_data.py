@@ -104,3 +104,11 @@ def test_the_cache_is_left_when_the_data_change(toy: Path, tmp_path: Path) -> No
     pixels, labels = toy_pixels(12, 9)
     write_shard(toy / "toy" / "test-00000-of-2.parquet", [encode(image) for image in pixels], labels)
     assert np.array_equal(load_images(toy, TOY, "test", tmp_path / "cache").pixels, pixels)
+
+
+def test_runs_inside_the_data_are_no_part_of_them(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = toy / "toy" / "runs" / "cache"
+    first = load_images(toy, TOY, "train", cache)
+    (cache.parent / "log.jsonl").write_text("{}")
+    monkeypatch.delattr(data_module, "_decode")
+    assert np.array_equal(load_images(toy, TOY, "train", cache).pixels, first.pixels)

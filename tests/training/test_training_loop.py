@@ -225,6 +225,11 @@ def test_state_of_another_recipe_is_refused_unless_restarted(train_toy: Train) -
     assert train_toy("optimizer.lr=0.1", restart=True).epochs == 2
 
 
+def test_the_words_of_a_recipe_may_change_on_the_way(train_toy: Train) -> None:
+    assert train_toy(max_minutes=0.0) is None
+    assert train_toy("about.notes=better words", "train.needs=a core").notes == "better words"
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     train_toy: Train, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,9 +46,16 @@ def test_metrics_equal_torchmetrics():
     for name, value in expected.items():
         assert getattr(evaluation, name) == pytest.approx(value.item(), abs=1e-5), name
     classes = functional.multiclass_accuracy(logits, labels, num_classes=10, average="none")
-    assert list(evaluation.per_class_accuracy.values()) == pytest.approx((100 * classes).tolist(), abs=1e-4)
+    assert evaluation.per_class_accuracy == pytest.approx((100 * classes).tolist(), abs=1e-4)
     confusion = functional.multiclass_confusion_matrix(logits, labels, num_classes=10)
     assert np.array_equal(evaluation.confusion, confusion)
+
+
+def test_classes_of_one_name_stay_apart():
+    evaluation = Evaluation("m", "d", "test", ["crane", "other", "crane"])
+    evaluation.update(4 * np.eye(3)[[0, 2, 0]], np.array([0, 2, 2]), [Sample(None, 0, "")] * 3)
+    assert evaluation.per_class_accuracy == (100.0, None, 50.0)
+    assert evaluation.class_accuracies == [("crane", 100.0), ("crane", 50.0)]
 
 
 def test_a_confidence_of_one_counts_once():

@@ -100,3 +100,22 @@ def test_broken_weights_are_said():
     torch.nn.init.constant_(ours.runtime.model.head.bias, float("nan"))
     with pytest.raises(DimmixError, match="not finite"):
         explain(ours, sample_images()[0])
+
+
+def test_a_model_without_classes_has_nothing_to_explain():
+    torch.manual_seed(0)
+    model = timm.create_model("butterfly_resnet_nano_32", num_classes=0).eval()
+    features = Classifier.of(TorchRuntime(model, model_spec(model, "features", {}), torch.device("cpu")))
+    with pytest.raises(DimmixError, match="features has no classifier"):
+        explain(features, sample_images()[0])
+
+
+def test_an_image_that_came_transformed_is_drawn(tmp_path):
+    ours = classifier("butterfly_resnet_nano_32")
+    plain = explain(ours, sample_images()[0])
+    found = explain(ours, ours.transform(sample_images()[0]))
+    assert found.prediction.index == plain.prediction.index
+    assert found.image.shape == (32, 32, 3)
+    assert np.corrcoef(found.image[..., 0].ravel(), plain.image[..., 0].ravel())[0, 1] > 0.999
+    draw(found, tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").stat().st_size > 10_000
