@@ -20,10 +20,10 @@ GRAPHS = 256
 """Of one function, that `torch.compile` may keep: all our models share `Trunk.forward`, and 8 would be the end."""
 
 
-def compiled(model: torch.nn.Module) -> Any:
-    """`torch.compile(model)`, however many models were compiled before."""
+def compiled(model: torch.nn.Module, **kwargs: Any) -> Any:
+    """`torch.compile(model, **kwargs)`, however many models were compiled before."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(model)
+    return torch.compile(model, **kwargs)
 
 
 @dataclass(frozen=True)
