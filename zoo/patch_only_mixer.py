@@ -6,9 +6,9 @@ a step cuts the image into patches, runs LayerNorm and one MLP on the values of 
 
 The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
 image to more channels with one convolution or two first, strided in `tiny` and for larger inputs. In `strided` the
-partitions overlap as the levels of a butterfly do: patches of one size whose pixels lie 1, 2, 4, 8 apart. The dense
-twin adds, to every step, an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the
-whole image.
+partitions overlap as the levels of a butterfly do: patches of one size whose pixels lie 1, 2, 4, 8 apart. In `fast` the
+MLP of such a patch is a butterfly too, of small MLPs over its values. The dense twin has one MLP over them, and adds to
+every step an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
-from .layers import ConvNorm, ConvStem, DenseMlp, PatchFold
+from .layers import ButterflyMlp, ConvNorm, ConvStem, DenseMlp, FeatureMixer, PatchFold
 from .layers.eager import is_hooked, is_idle, part
 from .layers.native_branches import ACROSS, PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
 from .layers.pointwise import is_as_built, linear
@@ -69,16 +69,30 @@ class ImageStem(nn.Module):
 
 
 class PatchStep(nn.Module):
-    """Unfold into patches, LayerNorm, MLP, fold, residual; with `across`, then the same among the patches."""
+    """Unfold into patches, LayerNorm, MLP, fold, residual; with `across`, then the same among the patches.
+
+    With a `radix` the MLP is a butterfly of MLPs, over so many of a patch's values each.
+    """
 
     def __init__(
-        self, fold: PatchFold, ratio: int, across: bool, drop: float, drop_path: float, device=None, dtype=None
+        self,
+        fold: PatchFold,
+        radix: int | None,
+        ratio: int,
+        across: bool,
+        drop: float,
+        drop_path: float,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.fold = fold
         self.norm = nn.LayerNorm(fold.values, **dd)
-        self.mlp = DenseMlp(fold.values, ratio, drop, **dd)
+        if radix is None:
+            self.mlp: FeatureMixer = DenseMlp(fold.values, ratio, drop, **dd)
+        else:
+            self.mlp = ButterflyMlp(fold.values, radix, ratio, drop, residual=True, **dd)
         self.across_norm = nn.LayerNorm(fold.values, **dd) if across else nn.Identity()
         self.across = DenseMlp(fold.num_patches, ratio, drop, **dd) if across else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -164,6 +178,8 @@ class PatchOnlyMixer(Trunk):
             pixels ever farther apart, so that a round of all levels reaches the whole image. Not in the paper.
         depth: rounds.
         channels: of the mixed image.
+        patch_radix: values in a block of the butterfly that mixes a patch's, every level but the last with a residual
+            of its own; None for one MLP over all of them, as in the paper. The dense twin has that.
         mlp_ratio: hidden features per patch value.
         mixing: "butterfly" for patches alone, "dense" for the twin that also mixes across patches.
         stem_stride: make the channels with a convolution of this stride; None to keep the image's own.
@@ -174,7 +190,8 @@ class PatchOnlyMixer(Trunk):
         drop_path_rate: stochastic depth of the last round, growing linearly from 0.
 
     Raises:
-        ValueError: a patch size that does not divide the grid, or with `strided` is no root of it; unknown `mixing`.
+        ValueError: a patch size that does not divide the grid, or with `strided` is no root of it; a `patch_radix` that
+            does not divide the values of a patch; unknown `mixing`.
     """
 
     def __init__(
@@ -185,6 +202,7 @@ class PatchOnlyMixer(Trunk):
         strided: bool = False,
         depth: int = 7,
         channels: int = 3,
+        patch_radix: int | None = None,
         mlp_ratio: int = 2,
         mixing: str = "butterfly",
         stem_stride: int | None = 1,
@@ -214,7 +232,13 @@ class PatchOnlyMixer(Trunk):
                 Blocks(
                     *[
                         PatchStep(
-                            PatchFold(channels, grid, size, stride), mlp_ratio, across, proj_drop_rate, rates[i], **dd
+                            PatchFold(channels, grid, size, stride),
+                            None if across else patch_radix,
+                            mlp_ratio,
+                            across,
+                            proj_drop_rate,
+                            rates[i],
+                            **dd,
                         )
                         for size, stride in _steps(patch_sizes, grid_size, strided)
                     ]
@@ -272,6 +296,15 @@ _STRIDED = {
 }
 # The same, wider, on a head that pools patches: a flattened one would have nearly half of all weights for 100 classes.
 _STRIDED_TINY = _STRIDED | {"channels": 32, "stem_width": 64, "head_patch": 2, "global_pool": "avg"}
+# Wide patches of 4x4 at strides 1 and 4, whose 512 values two levels of small MLPs mix.
+_FAST = _STRIDED | {
+    "patch_sizes": (4,),
+    "patch_radix": 64,
+    "channels": 32,
+    "depth": 2,
+    "head_patch": 4,
+    "global_pool": "avg",
+}
 _SMALL = {"grid_size": 30, "patch_sizes": (5, 6), "channels": 6, "depth": 4}
 
 VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
@@ -279,6 +312,7 @@ VARIANTS: dict[str, dict[str, Any]] = with_dense_twins(
         # CIFAR-10 accuracy in the paper: 84.23 and 84.91 %.
         "patch_only_mixer_paper_d7": _PAPER | {"depth": 7},
         "patch_only_mixer_paper_d10": _PAPER | {"depth": 10},
+        "patch_only_mixer_fast_32": _FAST,
         "patch_only_mixer_strided_32": _STRIDED,
         "patch_only_mixer_strided_tiny_32": _STRIDED_TINY,
         "patch_only_mixer_tiny_32": _TINY,

@@ -205,7 +205,7 @@ def test_a_fused_model_is_the_same_function_without_a_batch_norm(name):
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("channels", "size", "side", "stride"), [(3, (10, 15), 5, 1), (4, (8, 16), 2, 4)])
 def test_patches_of_whole_pixels_are_the_patches_of_the_paper(channels, size, side, stride, across):
-    step = PatchStep(PatchFold(channels, size, side, stride), 2, across, 0.0, 0.0)
+    step = PatchStep(PatchFold(channels, size, side, stride), None, 2, across, 0.0, 0.0)
     for parameter in step.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(3, channels, *size, requires_grad=True)

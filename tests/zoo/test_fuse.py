@@ -111,6 +111,7 @@ def test_a_butterfly_of_convolutions_gives_the_same_whatever_comes_first(residua
         ("patch_only_mixer_strided_tiny_32", {}),
         ("patch_only_mixer_strided_tiny_32", {"global_pool": "flatten"}),
         ("patch_only_mixer_strided_tiny_32", {"head_patch": 4}),
+        ("patch_only_mixer_fast_32_dense", {}),
         ("patch_only_mixer_strided_32", {"grid_size": 27, "patch_sizes": (3,), "depth": 2}),
         ("patch_only_mixer_strided_32", {"patch_sizes": (2, 4), "depth": 2}),
     ],

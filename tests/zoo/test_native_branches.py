@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from dimmix.butterfly import ButterflySchedule
+from dimmix.butterfly import ButterflySchedule, square_radix
 from dimmix.butterfly_mixer import MixerBlock
 from dimmix.layers import ButterflyAttention, ButterflyMlp, DenseMlp, MonarchMlp, PatchFold, native, native_branches
 from dimmix.layers.native_branches import ACROSS, CHANNELS, PATCHES, TOKENS, Branch, norm_alone, residual, run
@@ -106,8 +106,8 @@ def test_blocks_of_a_mixer(instructions, runs, kind, channels, tokens):
     ],
 )
 def test_steps_of_a_patch_only_mixer(instructions, runs, channels, size, side, stride):
-    for across in (False, True):
-        step = _drawn(PatchStep(PatchFold(channels, size, side, stride), 2, across, 0.0, 0.0))
+    for across, radix in ((False, None), (True, None), (False, square_radix(channels * side**2))):
+        step = _drawn(PatchStep(PatchFold(channels, size, side, stride), radix, 2, across, 0.0, 0.0))
         for images in (1, 3):
             x = torch.randn(images, channels, *size)
             actual = _check(step, x, runs, most=4e-6)
@@ -169,6 +169,7 @@ def test_what_is_not_a_number_stays_in_its_image(instructions):
         ("butterfly_mixer_nano_32", 12),
         ("butterfly_mixer_paper_d7_monarch", 14),
         ("patch_only_mixer_strided_32", 16),
+        ("patch_only_mixer_fast_32", 4),
         ("patch_only_mixer_tiny_32_dense", 20),
         ("wide_mixer_c192_32", 6),
     ],

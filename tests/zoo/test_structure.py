@@ -45,6 +45,12 @@ def test_patches_of_pixels_far_apart_have_their_stride():
     assert {level.non_zero for level in found} == {1 / 64}
 
 
+def test_a_butterfly_within_patches_has_levels_of_its_own():
+    one = [("patches", 8192, 512, 1, 16), ("features", 512, 64, 1, 8), ("features", 512, 64, 8, 1)]
+    four = [("patches", 8192, 512, 4, 1), *one[1:]]
+    assert levels("patch_only_mixer_fast_32") == (one + four) * 2
+
+
 def test_non_zero_is_the_share_of_the_dense_matrix():
     level = mixing_levels(timm.create_model("butterfly_mixer_paper_d7", num_classes=10))[2]
     assert level.non_zero == level.radix / level.n == 1 / 11
