@@ -8,7 +8,7 @@ import typer
 
 from dimmix.errors import DimmixError
 
-from .options import Device, DeviceOption, Format, FormatOption, OutputOption, QuietOption
+from .options import LARGEST_BATCH, Device, DeviceOption, Format, FormatOption, OutputOption, QuietOption
 from .progress import ProgressBar
 from .sink import Sink, note
 
@@ -26,7 +26,9 @@ def benchmark(
     backend: Annotated[
         list[Backend] | None, typer.Option("--backend", help="Repeat for several. Default: all three.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="1 measures latency.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, max=LARGEST_BATCH, help="1 measures latency.")
+    ] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed runs of each, after three to warm up.")] = 30,
     device: DeviceOption = Device.auto,
     format: FormatOption = Format.auto,

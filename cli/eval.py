@@ -62,7 +62,10 @@ def evaluate(
     if report is not None:
         _make_folder(report)
     shards = Path(data).glob("**/*.parquet") if Path(data).is_dir() else ()
-    refuse_same({"--output": run.output, "--predictions": predictions}, [data, *shards, run.checkpoint, run.model])
+    page = report and report / "report.html"
+    outputs = {"--output": run.output, "--predictions": predictions, "--report": page}
+    refuse_same(outputs, [data, *shards, run.checkpoint, run.model])
+    _refuse_inside(outputs, Path(data))
     dataset = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
     classifier = run.classifier()
     if check and not classifier.runtime.spec.card:
@@ -91,6 +94,13 @@ def evaluate(
         _check(result, classifier)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _refuse_inside(outputs: dict[str, Path | None], folder: Path) -> None:
+    """Raise DimmixError where an output would replace one of the folder's own files, which may be an image."""
+    for option, output in outputs.items():
+        if output and output.is_file() and folder.resolve() in output.resolve().parents:
+            raise DimmixError(f"{option} {output}: is among the data; name another file", exit_code=2)
 
 
 def _class_rows(result: "Evaluation") -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dimmix.files import refuse_same
+from dimmix.files import refuse_existing, refuse_same
 
 from .options import CheckpointOption, Device, DeviceOption, Format, FormatOption, ModelOption, QuietOption
 from .sink import Sink, note
@@ -33,7 +33,7 @@ def explain(
     from dimmix.explain import draw
     from dimmix.explain import explain as run
 
-    path = output or Path(f"{Path(image).stem}.explained.png")
+    path = output or refuse_existing(Path(f"{Path(image).stem}.explained.png"))
     refuse_same({"--output": path}, [image, checkpoint, model])
     explanation = run(Classifier(model, device, checkpoint), image)
     draw(explanation, path)

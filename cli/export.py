@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dimmix.errors import DimmixError
-from dimmix.files import refuse_same
+from dimmix.files import refuse_existing, refuse_same
 
 from .options import (
     CheckpointOption,
@@ -89,8 +89,8 @@ def export(
     from dimmix.runtime import load_model
 
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer's advice is for who calls it, not for who calls us
+    path = output or refuse_existing(Path(model.rstrip("/").rpartition("/")[2].rpartition(":")[2] + SUFFIXES[to]))
     network, spec = load_model(model, checkpoint=checkpoint)
-    path = output or Path(model.rstrip("/").rpartition("/")[2].rpartition(":")[2] + SUFFIXES[to])
     if path.suffix != SUFFIXES[to] and to is not Kind.timm_dir:
         raise DimmixError(f"--output {path}: a file of --to {to} ends in {SUFFIXES[to]}", exit_code=2)
     if to is Kind.safetensors and path.with_suffix(".json").is_file():

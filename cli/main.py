@@ -62,6 +62,7 @@ def _options(
 def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is a warning, before our one line
         if kwargs.get("quiet") or not sys.stderr.isatty():
             # The Hub's libraries draw bars of their own, and read this when they are imported.
             os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -80,7 +81,7 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:  # a full disk, a folder that may not be written to
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
-            _say(f"{error.filename or 'output'}: {error.strerror or error}", error)
+            _say(_of_system(error), error)
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -91,6 +92,10 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def _of_system(error: OSError) -> str:
+    return f"{error.filename or 'output'}: {error.strerror or error}"
 
 
 def _say(message: str, error: BaseException) -> None:
@@ -109,6 +114,9 @@ def main() -> None:
     if os.environ.get("DIMMIX_DEBUG") != "1":
         warnings.simplefilter("ignore")
     keep_freed_memory()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as a daemon's may be
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process lives
     for name in ("SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, _interrupt)
@@ -116,6 +124,11 @@ def main() -> None:
         app()
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", 130))
+    except OSError as error:  # of what is printed, or written for the shell's completion, outside of a command
+        if os.environ.get("DIMMIX_DEBUG") == "1":
+            raise
+        _say(_of_system(error), error)
+        sys.exit(1)
 
 
 def _interrupt(number: int, _: Any) -> None:

@@ -51,7 +51,11 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="A .safetensors file with weights for --model, or for what its card names."),
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images that go through at once.")]
+LARGEST_BATCH = 2**20
+
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", "-b", min=1, max=LARGEST_BATCH, help="Images that go through at once.")
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(

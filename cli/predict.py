@@ -143,7 +143,7 @@ def _images(sources: list[str], outputs: set[str]) -> Iterator[Any]:
             yield _Stdin(sys.stdin.buffer.read())
             continue
         for image in find_images([source]):
-            if isinstance(image, str) and os.path.realpath(image) in outputs:
+            if isinstance(image, str) and outputs and os.path.realpath(image) in outputs:
                 raise DimmixError(f"{image}: is read, and would be written over; name another output", exit_code=2)
             yield image
 

@@ -44,6 +44,8 @@ def join_processes(device: str) -> Iterator[Processes]:
         chosen = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise DimmixError(f"--device {device}: {first_line(error)}", exit_code=2) from None
+    if chosen.type == "meta":
+        raise DimmixError(f"--device {device}: holds no numbers to train", exit_code=2)
     if count == 1:
         yield Processes(0, 1, chosen)
         return

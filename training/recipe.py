@@ -179,7 +179,7 @@ def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DimmixError(f"{path}: cannot read the recipe ({error.strerror})", exit_code=2) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DimmixError(f"{path}: not a TOML file: {error}", exit_code=2) from None
     for override in overrides:
         _override(tables, override)

@@ -68,8 +68,8 @@ def benchmark(
         for name, backend in track("prepared", [(name, backend) for name in names for backend in backends]):
             model, spec = models[name]
             macs = count_macs(model, spec.preprocess.input_size)
-            batch = torch.randn(batch_size, *spec.preprocess.input_size, device=device)
             try:
+                batch = _images(batch_size, spec.preprocess.input_size, device)
                 call = _prepare(model.to(device), backend, batch, spec, Path(folder))
             except DimmixError as error:
                 yield error
@@ -91,6 +91,13 @@ def benchmark(
             macs,
             peak,
         )
+
+
+def _images(count: int, size: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    try:
+        return torch.randn(count, *size, device=device)
+    except RuntimeError as error:  # torch's word for too little memory
+        raise DimmixError(f"--batch-size {count}: {first_line(error)}", exit_code=2) from error
 
 
 def _prepare(model: Any, backend: str, batch: torch.Tensor, spec: Any, folder: Path) -> Callable[[], object]:

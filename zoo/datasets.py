@@ -127,6 +127,8 @@ def _choose_split(data: str, split: str | None, found: list[str]) -> str:
         if len(found) == 1:
             return found[0]
         split = next((name for name in SPLITS if name in found), SPLITS[0])
+    if not found:
+        raise DimmixError(f"{data}: no split {split!r}; its class folders are of no split", exit_code=2)
     if split not in found:
         raise DimmixError(f"{data}: no split {split!r} among {', '.join(found)}; choose one with --split", exit_code=2)
     return split
@@ -241,7 +243,10 @@ def _choose_columns(
     classes = [f.name for f in schema if pa.types.is_integer(f.type)] + [f.name for f in schema if f.name in texts]
     image_column = _choose_column(data, "image", image_column, images, features, "Image")
     label_column = _choose_column(data, "label", label_column, classes, features, "ClassLabel")
-    names = None if label_column in texts else tuple(features.get(label_column, {}).get("names") or ())
+    for name in (image_column, label_column):
+        if schema.names.count(name) > 1:
+            raise DimmixError(f"{data}: {schema.names.count(name)} of its columns are called {name}")
+    names = None if label_column in texts else tuple(map(str, features.get(label_column, {}).get("names") or ()))
     return image_column, label_column, names
 
 
@@ -255,8 +260,9 @@ def _split_of(shard: Path) -> str:
 def _declared_features(schema: Any) -> dict[str, Any]:
     """What the Hub's metadata say of the columns, where there are such."""
     try:
-        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (KeyError, ValueError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -321,7 +327,10 @@ def _from_cifar(path: Path, split: str) -> LabelledImages:
         _choose_split(str(path), split, list(batches))
         parts = [_unpickle(files[name]) for name in batches[split]]
         pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [label for part in parts for label in part.get("fine_labels") or part["labels"]]
+        labels = [int(label) for part in parts for label in part.get("fine_labels") or part["labels"]]
+        names = tuple(map(str, names))
+        if pixels.dtype != np.uint8 or len(pixels) != len(labels):
+            raise ValueError(f"{len(pixels)} images of {pixels.dtype}, {len(labels)} labels")
     except DimmixError:
         raise
     except Exception as error:  # what a damaged archive or pickle raises has no end
@@ -329,9 +338,9 @@ def _from_cifar(path: Path, split: str) -> LabelledImages:
 
     def samples() -> Iterator[Sample]:
         for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            yield Sample(Image.fromarray(image), int(label), f"{split}/{number}")
+            yield Sample(Image.fromarray(image), label, f"{split}/{number}")
 
-    return LabelledImages(str(path), split, tuple(names), len(labels), samples)
+    return LabelledImages(str(path), split, names, len(labels), samples)
 
 
 def _cifar_files(path: Path) -> dict[str, bytes]:

@@ -83,6 +83,13 @@ def refuse_same(outputs: dict[str, Path | None], inputs: Iterable[str | Path | N
         known.add(path)
 
 
+def refuse_existing(path: Path) -> Path:
+    """`path`, a name that nobody asked for. Raises DimmixError where there is something of that name."""
+    if path.exists():
+        raise DimmixError(f"{path}: there is one already; name it with --output to replace it", exit_code=2)
+    return path
+
+
 def _free(path: Path) -> Path:
     """`path`, or with the first number from 2 on that makes a name which is not taken."""
     numbered = (path.with_name(f"{path.name}{number}") for number in itertools.count(2))

@@ -159,6 +159,8 @@ def _listed(source: str, lists: tuple[str, ...]) -> Iterator[str | ImageError]:
         first = next(names, None)
         if first is None:
             yield ImageError(source, "an empty list")
+        elif "\0" in first:
+            yield ImageError(source, "not a list of names, one a line, in UTF-8")
         else:
             yield from find_images(itertools.chain([first], names), (*lists, path))
 

@@ -156,6 +156,12 @@ class OnnxRuntime:
             raise DimmixError(f"{path}: no labels and preprocessing in it; make it with `dimmix export`")
         self.spec = Spec.from_json(metadata[METADATA_KEY], path)
         self._input = self.session.get_inputs()[0].name
+        shape = tuple(self.session.get_inputs()[0].shape)
+        outputs = {output.name: output.shape[-1] for output in self.session.get_outputs()}
+        classes = outputs.get("logits", 0)
+        too_few = isinstance(classes, int) and classes < len(self.spec.labels)
+        if shape[1:] != self.spec.preprocess.input_size or too_few:
+            raise DimmixError(f"{path}: takes and gives other numbers than it says; make it with `dimmix export`")
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         return self._run("logits", batch)

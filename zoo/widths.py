@@ -118,8 +118,9 @@ def figure_5(connections: float, gamma: float) -> list[Design]:
 def _solve(connections: float, gamma: float, channels: int | None, tokens: int | None) -> tuple[int, int]:
     """(S, C), rounded."""
     wanted = f"--connections {connections:g} --gamma {gamma:g}"
-    if not (0 < gamma <= LARGEST and 1 <= connections <= LARGEST):
-        raise DimmixError(f"{wanted}: need at least 1 connection and gamma above 0, below {LARGEST:g}", exit_code=2)
+    if not (1 / LARGEST <= gamma <= LARGEST and 1 <= connections <= LARGEST):
+        bounds = f"need at least 1 connection and gamma above 0 ({1 / LARGEST:g} at least), below {LARGEST:g}"
+        raise DimmixError(f"{wanted}: {bounds}", exit_code=2)
     given = channels if channels is not None else tokens
     name = "--channels" if channels is not None else "--tokens"
     if given is None:

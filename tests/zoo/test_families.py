@@ -173,7 +173,7 @@ def test_vit_refuses_what_it_cannot_become():
         ("butterfly_mixer_nano_32", {"mixing": "conv"}, "is not one of 'butterfly', 'monarch', 'dense'"),
         ("patch_only_mixer_tiny_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
         ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 15x15"),
-        ("patch_only_mixer_fast_32", {"patch_radix": 48}, "radix 48 does not divide n=512"),
+        ("patch_only_mixer_fast_32", {"patch_radix": 48}, "radix 48 does not divide n=400"),
         ("patch_only_mixer_strided_32", {"grid_size": 12}, "need a grid of powers of them, not grid_size=12"),
         ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
         ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
@@ -232,20 +232,20 @@ def test_a_round_of_strided_patches_reaches_every_pixel_and_fewer_steps_do_not()
 def test_a_butterfly_of_small_mlps_mixes_the_values_of_each_patch():
     """Against loops over patches, levels and blocks (Dimension Mixer, sections 4.1 and 4.3)."""
     step = _create("patch_only_mixer_fast_32").double().blocks[0][1]  # pixels four apart
-    x = torch.randn(1, 32, 16, 16, dtype=torch.float64)
+    x = torch.randn(1, 25, 16, 16, dtype=torch.float64)
     expected = x.clone()
     for row, column in itertools.product(range(4), range(4)):
         patch = x[0, :, row::4, column::4].flatten()
         values = step.norm(patch)
-        for level, (mlp, stride) in enumerate(zip(step.mlp.levels, (1, 8), strict=True)):
+        for level, (mlp, stride) in enumerate(zip(step.mlp.levels, (1, 5), strict=True)):
             mixed = torch.empty_like(values)
-            for block in range(8):
-                members = range(64 * block, 64 * block + 64) if stride == 1 else range(block, 512, 8)
+            for block in range(5):
+                members = range(80 * block, 80 * block + 80) if stride == 1 else range(block, 400, 5)
                 hidden = F.gelu(mlp.fc1.weight[block] @ values[members] + mlp.fc1.bias[block])
                 mixed[members] = mlp.fc2.weight[block] @ hidden
                 mixed[members] += values[members] if level == 0 else mlp.fc2.bias[block]
             values = mixed
-        expected[0, :, row::4, column::4] += values.view(32, 4, 4)
+        expected[0, :, row::4, column::4] += values.view(25, 4, 4)
     torch.testing.assert_close(step(x), expected, rtol=1e-10, atol=1e-10)
 
 

@@ -46,8 +46,8 @@ def test_patches_of_pixels_far_apart_have_their_stride():
 
 
 def test_a_butterfly_within_patches_has_levels_of_its_own():
-    one = [("patches", 8192, 512, 1, 16), ("features", 512, 64, 1, 8), ("features", 512, 64, 8, 1)]
-    four = [("patches", 8192, 512, 4, 1), *one[1:]]
+    one = [("patches", 6400, 400, 1, 16), ("features", 400, 80, 1, 5), ("features", 400, 80, 5, 1)]
+    four = [("patches", 6400, 400, 4, 1), *one[1:]]
     assert levels("patch_only_mixer_fast_32") == (one + four) * 2
 
 
