@@ -137,7 +137,9 @@ def find_images(sources: Iterable[str], lists: tuple[str, ...] = ()) -> Iterator
     """
     for source in sources:
         try:
-            if source.startswith("@") and not os.path.exists(source):
+            if "\0" in source:
+                yield ImageError(source, "no file can have this name")
+            elif source.startswith("@") and not os.path.exists(source):
                 yield from _listed(source, lists)
             elif os.path.isdir(source):
                 yield from _walk(source)

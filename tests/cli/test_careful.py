@@ -67,6 +67,29 @@ def test_eval_explain_and_export_do_not_write_over_what_they_read(dimmix, model,
     assert unchanged(model[3], dimmix(*export)) == weights
 
 
+def test_a_default_name_that_is_taken_is_left_alone(dimmix, model, red, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / f"{model[1]}.safetensors"
+    shutil.copy(model[3], weights)
+    done = dimmix("export", model[1], "--checkpoint", weights, "--to", "safetensors")
+    assert unchanged(weights, done, "there is one already") == model[3].read_bytes()
+    taken = tmp_path / "red.explained.png"
+    taken.write_text("precious")
+    assert unchanged(taken, dimmix("explain", red, *model), "there is one already") == b"precious"
+
+
+def test_eval_does_not_write_into_its_data_or_over_its_report(dimmix, model, red, tmp_path):
+    folder = tmp_path / "data" / "cat"
+    folder.mkdir(parents=True)
+    photo = shutil.copy(red, folder / "1.png")
+    for outputs in (["-o", photo, "-f", "json"], ["--predictions", photo]):
+        done = dimmix("eval", folder.parent, *model, *outputs)
+        assert unchanged(photo, done, "is among the data") == red.read_bytes()
+    page = tmp_path / "report" / "report.html"
+    assert dimmix("eval", CIFAR10, *model, "--report", page.parent, "-f", "json", "-o", page).code == 2
+    assert not page.exists()
+
+
 def test_eval_looks_at_its_outputs_first(dimmix, model, tmp_path):
     predictions = ["--predictions", tmp_path / "p.csv"]
     (tmp_path / "file").write_text("")
@@ -106,6 +129,44 @@ def test_a_list_may_begin_with_a_byte_order_mark(dimmix, brightest, red, tmp_pat
     assert dimmix("predict", f"@{tmp_path}/list.txt", "-m", brightest).code == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("red.png\n".encode("utf-16"), "not a list of names"),
+        (b"red.png\0blue.png\0", "not a list of names"),
+        (b"red.png\n\0\n", "no file can have this name"),
+    ],
+)
+def test_a_list_of_what_are_no_names_does_not_stop_the_others(dimmix, brightest, red, tmp_path, content, said):
+    (tmp_path / "list.txt").write_bytes(content)
+    done = dimmix("predict", f"@{tmp_path}/list.txt", red, "-m", brightest)
+    assert done.code == 1
+    *_, bad, good = map(json.loads, done.out.splitlines())
+    assert said in bad["error"]
+    assert (good["source"], good["error"]) == (str(red), None)
+
+
+@pytest.mark.parametrize(("closed", "code"), [("2>&-", 0), (">&-", 0), ("<&-", 1)])
+def test_a_closed_stream_is_as_one_that_leads_nowhere(brightest, red, tmp_path, closed, code):
+    source = "-" if closed == "<&-" else red
+    command = f"{sys.executable} -m dimmix_cli predict {source} -m {brightest} -f jsonl {closed}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert len(done.stdout.splitlines()) == (closed != ">&-")
+    assert len(done.stderr.splitlines()) == code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_a_full_disk_is_one_line_outside_of_commands_too(option):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dimmix_cli", option]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "dimmix: output: No space left on device\n")
+
+
 def test_what_nobody_foresaw_is_one_line(dimmix, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("division by zero")
@@ -128,7 +189,10 @@ def test_what_nobody_foresaw_is_one_line(dimmix, monkeypatch):
         (["predict", "x.png", "--checkpoint", "~nobody-here/x.safetensors"], "~nobody-here"),
         (["widths", "--connections", "2^18", "--gamma", "0", "--sweep"], "gamma above 0"),
         (["widths", "--connections", "2^18", "--gamma", "-1", "--sweep"], "gamma above 0"),
+        (["widths", "--connections", "10", "--gamma", "1e-300"], "gamma above 0"),
         (["export", "resnet18", "--to", "onnx", "--atol", "inf"], "finite"),
+        (["benchmark", "resnet18", "--backend", "eager", "-b", str(2**20)], f"--batch-size {2**20}"),
+        (["study", "cost", "--gamma", "2"], "leave --connections and --gamma out"),
     ],
 )
 def test_wrong_values_are_one_line(dimmix, arguments, said):

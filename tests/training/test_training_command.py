@@ -55,6 +55,7 @@ def test_the_card_says_with_how_many_threads_and_processes(
     [
         (["--data", "nowhere"], "nowhere"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta"),
         (["--plot"], "no epochs to draw"),
     ],
 )

@@ -61,6 +61,7 @@ def test_survives_json(recipe_file: Callable[..., Path]) -> None:
         ("held_back = 8", "mean = [0.5]", ["data.mean", "3 numbers"]),
         ("epochs = 2", "epochs = 0", ["schedule.epochs", "at least 1"]),
         ("[model]", "[model", ["not a TOML file"]),
+        ("[model]", f"x = {'[' * 5000}\n[model]", ["not a TOML file"]),
         ("[model]", 'path = "x"\n[model]', ["unknown key path"]),
         ("lr = 0.05", "lr = inf", ["optimizer.lr = inf", "a number >= 0"]),
         ("lr = 0.05", "lr = 0.05\nblock_lr_mult = 0", ["optimizer.block_lr_mult = 0.0", "more than 0"]),

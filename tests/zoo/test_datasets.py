@@ -225,7 +225,10 @@ def test_options_that_a_source_cannot_follow_are_refused(tmp_path, class_folders
         open_dataset(str(class_folders), label_column="label")
 
 
-@pytest.mark.parametrize("metadata", [b"not json", b"[]", b'{"info": null}'])
+@pytest.mark.parametrize(
+    "metadata",
+    [b"not json", b"[]", b'{"info": null}', b'{"info": {"features": []}}', b'{"info": {"features": {"label": ["x"]}}}'],
+)
 def test_metadata_that_are_not_the_hubs_are_passed_over(tmp_path, metadata):
     table = pq.read_table(CIFAR10).replace_schema_metadata({b"huggingface": metadata})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -265,3 +268,40 @@ def test_integers_are_classes_before_texts_are(tmp_path):
     pa.parquet.write_table(table, tmp_path / "x.parquet")
     dataset = open_dataset(str(tmp_path / "x.parquet"))
     assert [sample.label for sample in dataset] == [1, 0]
+
+
+def test_names_of_classes_are_text_whatever_the_metadata_have(tmp_path):
+    metadata = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}'
+    table = pq.read_table(CIFAR10).replace_schema_metadata({b"huggingface": metadata})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert open_dataset(str(tmp_path / "x.parquet")).labels == ("1", "2")
+
+
+@pytest.mark.parametrize(("names", "said"), [(["image", "image", "label"], "image"), (["image", "k", "k"], "k")])
+def test_columns_of_one_name_are_one_line(tmp_path, names, said):
+    pa = pytest.importorskip("pyarrow")
+    kinds = {"image": [b"x"], "label": [0], "k": [0]}
+    pq.write_table(pa.Table.from_arrays([pa.array(kinds[name]) for name in names], names), tmp_path / "x.parquet")
+    with pytest.raises(DimmixError, match=f"2 of its columns are called {said}"):
+        open_dataset(str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("names", "pixels", "labels"),
+    [
+        (list(LABELS), np.uint8, [0]),
+        (list(LABELS), np.float64, [0, 0]),
+        (list(LABELS), np.uint8, ["a", "b"]),
+        (5, np.uint8, [0, 0]),
+    ],
+)
+def test_a_cifar_archive_of_other_contents_is_one_line(tmp_path, names, pixels, labels):
+    batch = {b"data": np.zeros((2, 3072), pixels), b"labels": labels}
+    cifar_archive(tmp_path / "c.tar.gz", {"batches.meta": {b"label_names": names}}, {"test_batch": batch})
+    with pytest.raises(DimmixError, match="not a whole CIFAR python archive"):
+        open_dataset(str(tmp_path / "c.tar.gz"))
+
+
+def test_class_folders_without_splits_have_none_to_choose(class_folders):
+    with pytest.raises(DimmixError, match="no split 'dev'; its class folders are of no split"):
+        open_dataset(str(class_folders), split="dev")

@@ -1,11 +1,13 @@
 """Where a model runs: the device asked for, or one line that says there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dimmix.benchmark import compiled
 from dimmix.errors import DimmixError
-from dimmix.runtime import OnnxRuntime, load_runtime
+from dimmix.runtime import METADATA_KEY, OnnxRuntime, load_runtime
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -40,6 +42,18 @@ def test_a_device_that_onnxruntime_has_not_is_refused(brightest, monkeypatch, de
     with pytest.raises(DimmixError, match=f"--device {device}: .*{said}") as raised:
         load_runtime(str(brightest), device=device)
     assert raised.value.exit_code == 2
+
+
+def test_a_graph_of_other_numbers_than_it_says_is_refused(brightest, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    wider, fewer = onnx.load(brightest), onnx.load(brightest)
+    wider.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 9
+    spec = OnnxRuntime(brightest).spec
+    onnx.helper.set_model_props(fewer, {METADATA_KEY: replace(spec, labels=(*spec.labels, "white")).to_json()})
+    for model in (wider, fewer):
+        onnx.save(model, tmp_path / "other.onnx")
+        with pytest.raises(DimmixError, match="takes and gives other numbers than it says"):
+            OnnxRuntime(tmp_path / "other.onnx")
 
 
 def test_ten_models_are_compiled_in_one_process():
