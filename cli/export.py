@@ -119,22 +119,22 @@ def _export_int8(network: Any, spec: "Spec", path: Path, dataset: "LabelledImage
     from dimmix.runtime import TorchRuntime, load_runtime
 
     calibration, rest = split_dataset(dataset)
-    batches = [_some_images(spec, calibration, start) for start in range(0, len(list(calibration)), 16)]
+    batches = [_some_images(spec, calibration, start) for start in range(0, calibration.length or 0, 16)]
     if not batches:
         raise DimmixError(f"--data {dataset.name}: too few images to calibrate on", exit_code=2)
-    images, sample = len(list(rest)), _some_images(spec, rest)
-    before = ProgressBar("images, before", images, quiet=quiet).track
+    sample = _some_images(spec, rest)
+    before = ProgressBar("images, before", rest.length, quiet=quiet).track
     top1_before = top1(TorchRuntime(network, spec, torch.device("cpu")), rest, before)
     bar = ProgressBar("calibration batches", len(batches), quiet=quiet)
     with bar.shown():
         written = export_model(network, spec, "onnx", path, sample, atol=atol, calibration=bar.count(batches))
-    top1_after = top1(load_runtime(str(path)), rest, ProgressBar("images, after", images, quiet=quiet).track)
+    top1_after = top1(load_runtime(str(path)), rest, ProgressBar("images, after", rest.length, quiet=quiet).track)
     return {
         "file": str(path),
         "bytes": written.size,
         "max_difference": written.difference,
         "atol": atol,
-        "images": images,
+        "images": rest.length,
         "top1_before": top1_before,
         "top1_after": top1_after,
     }

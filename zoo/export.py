@@ -109,8 +109,10 @@ def split_dataset(dataset: LabelledImages) -> tuple[LabelledImages, LabelledImag
     """The images to calibrate on and the others, to measure on."""
     samples = list(dataset)
     count = min(CALIBRATION_IMAGES, len(samples) // 4)
-    first, rest = samples[:count], samples[count:]
-    return replace(dataset, samples=lambda: iter(first)), replace(dataset, samples=lambda: iter(rest))
+    first, rest = (
+        replace(dataset, length=len(part), samples=partial(iter, part)) for part in (samples[:count], samples[count:])
+    )
+    return first, rest
 
 
 def top1(runtime: Runtime, dataset: LabelledImages, track: Track = lambda samples: samples) -> float:

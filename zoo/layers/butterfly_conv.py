@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..butterfly import Level
 from .eager import runs_eagerly
-from .permute import Permute, transpose_last
+from .permute import Permute, inverse_of, transpose_last
 
 
 class ChannelTranspose(nn.Module):
@@ -53,8 +53,7 @@ def gather_groups(level: Level, device=None) -> nn.Module:
 def scatter_groups(level: Level, device=None) -> nn.Module:
     """The inverse of `gather_groups`."""
     if level.order is not None:
-        inverse = sorted(range(len(level.order)), key=level.order.__getitem__)
-        return Permute(inverse, dim=1, device=device)
+        return Permute(inverse_of(level.order), dim=1, device=device)
     if level.stride == 1:
         return nn.Identity()
     return ChannelTranspose(level.groups, level.stride, level.radix)

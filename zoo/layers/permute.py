@@ -1,9 +1,16 @@
 """Fixed permutations of one axis: gathers whose indices travel with the model, and transposes of its last axis."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .eager import runs_eagerly
+
+
+def inverse_of(order: Sequence[int]) -> list[int]:
+    """Where each number of a permutation of 0..n-1 stands in it."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 class Permute(nn.Module):
@@ -27,7 +34,7 @@ class Permute(nn.Module):
             raise ValueError(f"not a permutation of 0..{len(order) - 1}: {order}")
         self.dim = dim
         self.implied = None if persistent else tuple(order)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
+        inverse = inverse_of(order)
         self.register_buffer("order", torch.tensor(order, device=device), persistent=persistent)
         self.register_buffer("inverse", torch.tensor(inverse, device=device), persistent=persistent)
 
