@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule
 from .data_cfg import base_cfg
-from .layers import ButterflyMlp, ConvNorm, ConvStem, DenseMlp, FeatureMixer, PatchFold
+from .layers import ButterflyMlp, ConvNorm, ConvStem, DenseMlp, PatchFold
 from .layers.eager import is_hooked, is_idle, part
 from .layers.native_branches import ACROSS, PATCHES, Blocks, Branch, by_kernel, in_a_row, residual
 from .layers.pointwise import is_as_built, linear
@@ -90,7 +90,7 @@ class PatchStep(nn.Module):
         self.fold = fold
         self.norm = nn.LayerNorm(fold.values, **dd)
         if radix is None:
-            self.mlp: FeatureMixer = DenseMlp(fold.values, ratio, drop, **dd)
+            self.mlp: Any = DenseMlp(fold.values, ratio, drop, **dd)
         else:
             self.mlp = ButterflyMlp(fold.values, radix, ratio, drop, residual=True, **dd)
         self.across_norm = nn.LayerNorm(fold.values, **dd) if across else nn.Identity()
