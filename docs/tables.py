@@ -52,7 +52,8 @@ percent, has 15 bins. MACs are multiply-accumulates for one image.
 Points of top-1 above the dense twin, which was trained alike; what part of the twin's multiply-accumulates and
 parameters the model has; and how many times as fast it takes 64 images. One training of each is compared, that of the
 row: ten thousand test images alone give a top-1 of 90 % a standard error of 0.3 points, and one of 70 % of 0.5. In the
-butterfly mixers the blocks take larger steps (`block_lr_mult` in their recipes) than the twins' matrices.
+butterfly mixers and in `patch_only_mixer_fast_32` the blocks take larger steps (`block_lr_mult` in their recipes) than
+the twins' matrices.
 
 ### Recipes for CPU cores
 
