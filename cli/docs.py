@@ -13,7 +13,8 @@ Made by `python -m dimmix_cli.docs > docs/cli.md`; a test compares the two.
 
 Results go to stdout, progress and notes to stderr. `--format auto` is a table on a terminal and JSON lines in a pipe;
 `json` is one list (one object for `eval`, `export` and `info`). A file that a command writes appears under its name
-only when all of it is there; what an interrupted run had finished is kept as `NAME.partial`.
+only when all of it is there; what an interrupted run had finished is kept as `NAME.partial`. A file of that name is
+replaced where `--output` named it, and where the name is the default one of `export` and `explain` it is not.
 
 Exit codes: 0 all done, 1 some input failed, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM. With `DIMMIX_DEBUG=1`
 there are tracebacks.

@@ -22,6 +22,10 @@ CHECK_TOLERANCE = 0.1
 """Points of top-1 that the measurement may differ from the card."""
 
 
+RESULTS = (".json", ".jsonl", ".csv", ".html")
+"""Suffixes of what this command writes beside Parquet files, and of nothing that it reads."""
+
+
 @with_run_options
 def evaluate(
     data: Annotated[
@@ -97,9 +101,15 @@ def evaluate(
 
 
 def _refuse_inside(outputs: dict[str, Path | None], folder: Path) -> None:
-    """Raise DimmixError where an output would replace one of the folder's own files, which may be an image."""
+    """Raise DimmixError where an output would replace one of the folder's own files, which may be an image.
+
+    An earlier result that lies in the folder itself, and in none of its classes or splits, may be replaced.
+    """
+    folder = folder.resolve()
     for option, output in outputs.items():
-        if output and output.is_file() and folder.resolve() in output.resolve().parents:
+        path = output.resolve() if output else folder
+        result = path.parent == folder and path.suffix in RESULTS
+        if path.is_file() and folder in path.parents and not result:
             raise DimmixError(f"{option} {output}: is among the data; name another file", exit_code=2)
 
 

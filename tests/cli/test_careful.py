@@ -85,6 +85,9 @@ def test_eval_does_not_write_into_its_data_or_over_its_report(dimmix, model, red
     for outputs in (["-o", photo, "-f", "json"], ["--predictions", photo]):
         done = dimmix("eval", folder.parent, *model, *outputs)
         assert unchanged(photo, done, "is among the data") == red.read_bytes()
+    (folder.parent / "result.json").write_text("of last time")
+    assert dimmix("eval", folder.parent, *model, "-o", folder.parent / "result.json").code == 0
+    assert json.loads((folder.parent / "result.json").read_text())["images"] == 1
     page = tmp_path / "report" / "report.html"
     assert dimmix("eval", CIFAR10, *model, "--report", page.parent, "-f", "json", "-o", page).code == 2
     assert not page.exists()
