@@ -5,6 +5,7 @@ them in each call.
 """
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
-from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold
+from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold, Permute
 from .layers.patch_fold import nest, turn
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
@@ -99,6 +100,89 @@ def in_patches(model: nn.Module) -> nn.Module:
         model.stem = nn.Sequential(model.stem, _Pixels())
         _turn_head(model, _turns(last, head, image))
     return model
+
+
+def convolve_patches(model: nn.Module) -> nn.Module:
+    """A copy of a Patch-Only Mixer in which butterflies in convolutions find the values of their patches by gathers.
+
+    After `convolve_levels`, where every step has such a butterfly; no more than a copy of any other model. Pixels stay
+    whole from step to step. onnxruntime gathers on all threads; to turn patches at once, it moves number by number.
+    """
+    model = copy.deepcopy(model)
+    steps = [module for module in model.modules() if isinstance(module, PatchStep)]
+    if not isinstance(model, PatchOnlyMixer) or type(model.norm) not in (nn.LayerNorm, nn.Identity):
+        return model
+    if steps and all(_is_convolved(step) for step in steps):
+        last = _places(PatchFold(1, _size(model.head_fold), 1))
+        rounds: Any = model.blocks
+        for blocks in rounds:
+            for i, step in enumerate(blocks):
+                here = _places(step.fold)
+                blocks[i] = nn.Sequential(_gather(last, here), _ConvolvedStep(step))
+                last = here
+        model.stem = nn.Sequential(model.stem, _Pixels())
+        head = model.head_fold
+        _turn_head(model, nn.Sequential(_gather(last, _places(head)), _ToPatches(head)))
+    return model
+
+
+def _is_convolved(step: PatchStep) -> bool:
+    norm: Any = step.norm
+    plain = type(step) is PatchStep and type(step.fold) is PatchFold and step.across is None
+    return plain and type(step.mlp) is ConvButterflyMlp and type(norm) is nn.LayerNorm and norm.bias is not None
+
+
+def _size(fold: PatchFold) -> tuple[int, int]:
+    span = fold.patch_size * fold.stride
+    return fold.rows * span, fold.columns * span
+
+
+def _places(fold: PatchFold) -> Tensor:
+    """Which pixel of the image, row by row, stands at each place of the patches in a row."""
+    size = _size(fold)
+    pixels = torch.arange(size[0] * size[1])
+    return PatchFold(1, size, fold.patch_size, fold.stride).unfold(pixels.view(1, 1, *size)).flatten()
+
+
+def _gather(before: Tensor, after: Tensor) -> nn.Module:
+    """Brings what axis 1 holds in the order `before` to the order `after`, both lists of what stands at each place."""
+    order = before.argsort()[after].tolist()
+    return nn.Identity() if order == sorted(order) else Permute(order, dim=1)
+
+
+class _ToPatches(nn.Module):
+    """Pixels in the order of patches, (B, H * W, C) -> (B, num_patches, p * p * C)."""
+
+    def __init__(self, fold: PatchFold) -> None:
+        super().__init__()
+        self.shape = [-1, fold.num_patches, fold.values]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape)
+
+
+class _ConvolvedStep(nn.Module):
+    """A PatchStep with a ConvButterflyMlp for pixels in the order of its patches, (B, H * W, C)."""
+
+    def __init__(self, step: PatchStep) -> None:
+        super().__init__()
+        fold, mlp = step.fold, step.mlp
+        self.to_patches, self.norm = _ToPatches(fold), copy.deepcopy(step.norm)
+        with torch.no_grad():
+            for parameter in self.norm.parameters():
+                parameter.copy_(fold.turned(parameter))
+        values = torch.arange(fold.values)
+        blocks = [level.view.split(values.unsqueeze(1), level.radix).flatten() for level in mlp.levels]
+        orders = [fold.turned(values), *blocks, fold.turned(values)]
+        self.gathers = nn.ModuleList([_gather(*pair) for pair in pairwise(orders)])
+        self.levels = mlp.levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As it comes."""
+        y = self.norm(self.to_patches(x)).transpose(1, 2).unsqueeze(2)
+        for gather, level in zip(self.gathers, self.levels, strict=False):
+            y = level.convolve(gather(y))
+        return x + self.gathers[-1](y).squeeze(2).transpose(1, 2).reshape(x.shape)
 
 
 class _InPatches(nn.Module):

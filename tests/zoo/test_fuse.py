@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import dimmix  # noqa: F401
-from dimmix.fuse import convolve_levels, fuse, in_patches, merge_groups
-from dimmix.layers import ButterflyMlp, ConvButterflyMlp
+from dimmix.fuse import convolve_levels, convolve_patches, fuse, in_patches, merge_groups
+from dimmix.layers import ButterflyMlp, ConvButterflyMlp, Permute
 from dimmix.patch_only_mixer import PatchStep
 
 
@@ -133,6 +133,42 @@ def test_steps_in_patches_give_the_same(name, args):
     pixels = expected.unflatten(2, (fold.channels, -1)).transpose(2, 3).flatten(2)  # a patch's, one after the other
     torch.testing.assert_close(found, pixels, rtol=1e-10, atol=1e-10)
     assert type(model.blocks[0][0]) is PatchStep
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("args", "gathers"),
+    [
+        ({}, 4 * 3 + 5),
+        ({"global_pool": "flatten"}, 4 * 3 + 5),
+        ({"head_patch": None}, 4 * 3 + 5),
+        ({"channels": 24, "patch_radix": 48}, 4 * 3 + 5),
+        ({"patch_sizes": (2, 4), "channels": 8, "patch_radix": 16, "depth": 1}, None),
+    ],
+    ids=str,
+)
+def test_butterflies_in_patches_find_their_values_by_gathers(args, gathers):
+    model = fuse(_trained_a_little("patch_only_mixer_fast_32", **args))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias, -1.0, 1.0)
+    turned = convolve_patches(convolve_levels(model, 16))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for pre_logits in (False, True):
+        found, expected = (m.forward_head(m.forward_features(x), pre_logits) for m in (turned, model))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if gathers is not None:
+        assert sum(isinstance(module, Permute) for module in turned.modules()) == gathers
+    assert type(model.blocks[0][0]) is PatchStep
+
+
+@pytest.mark.parametrize("name", ["patch_only_mixer_fast_32", "patch_only_mixer_fast_32_dense", "resnet10t"])
+def test_what_has_no_butterfly_in_convolutions_stays(name):
+    model = in_patches(timm.create_model(name, num_classes=3).eval())
+    copied = convolve_patches(model)
+    assert copied is not model
+    assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
 
 
 @torch.no_grad()

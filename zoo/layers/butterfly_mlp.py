@@ -268,7 +268,11 @@ class _ConvLevel(nn.Module):
         """The same of (rows, n), for a first level, of neighbours: pixels that onnxruntime turns fast."""
         return self._mix(x.view(1, 1, *x.shape).permute(0, 3, 1, 2))
 
-    def _mix(self, pixels: Tensor) -> Tensor:
+    def convolve(self, pixels: Tensor) -> Tensor:
+        """(B, n, H, W) -> (B, n, H, W), the features of a block side by side."""
         y = self.fc2(F.gelu(self.fc1(pixels)))
-        y = y + pixels if self.residual else y
+        return y + pixels if self.residual else y
+
+    def _mix(self, pixels: Tensor) -> Tensor:
+        y = self.convolve(pixels)
         return self.view.merge(y.reshape(self.view.blocks, self.radix, y.shape[3]))
