@@ -25,9 +25,10 @@ from dimmix.checkpoints import Card
 from dimmix.export import export_model
 from dimmix.fuse import fuse
 from dimmix.layers import native
+from dimmix.onnx_runtime import OnnxRuntime
 from dimmix.profile import count_macs
 from dimmix.registry import dense_twin
-from dimmix.runtime import OnnxRuntime, model_spec
+from dimmix.runtime import model_spec
 
 from .timing import compare, speedup, summary
 from .trained import last_trained, trained_alike

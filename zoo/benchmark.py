@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from .errors import DimmixError, first_line
+from .onnx_runtime import OnnxRuntime
 from .profile import count_macs, peak_bytes
-from .runtime import OnnxRuntime, describe_model
+from .runtime import describe_model
 
 GRAPHS = 256
 """Of one function, that `torch.compile` may keep: all our models share `Trunk.forward`, and 8 would be the end."""

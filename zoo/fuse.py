@@ -91,7 +91,7 @@ def in_patches(model: nn.Module) -> nn.Module:
         return model
     if all(step.weights_say_all() for step in steps):
         head = model.head_fold
-        image = last = PatchFold(head.channels, (head.rows * head.patch_size, head.columns * head.patch_size), 1)
+        image = last = PatchFold(head.channels, _size(head), 1)
         rounds: Any = model.blocks
         for blocks in rounds:
             for i, step in enumerate(blocks):

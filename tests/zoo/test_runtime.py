@@ -7,7 +7,8 @@ import torch
 
 from dimmix.benchmark import compiled
 from dimmix.errors import DimmixError
-from dimmix.runtime import METADATA_KEY, OnnxRuntime, load_runtime
+from dimmix.onnx_runtime import OnnxRuntime
+from dimmix.runtime import METADATA_KEY, load_runtime
 
 ort = pytest.importorskip("onnxruntime")
 
