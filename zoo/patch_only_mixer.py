@@ -177,6 +177,7 @@ class PatchOnlyMixer(Trunk):
         strided: patches of a size are the levels of a butterfly over rows and columns: of neighbouring pixels, then of
             pixels ever farther apart, so that a round of all levels reaches the whole image. Not in the paper.
         depth: rounds.
+        step_blocks: each step is a block of the model, with features of its own, and not each round.
         channels: of the mixed image.
         patch_radix: values in a block of the butterfly that mixes a patch's, every level but the last with a residual
             of its own; None for one MLP over all of them, as in the paper. The dense twin has that.
@@ -187,7 +188,7 @@ class PatchOnlyMixer(Trunk):
         head_patch: side of the patches whose values, after a LayerNorm, are the head's features, so that it can pool
             them; None for pixels as features.
         num_classes, in_chans, global_pool, drop_rate, proj_drop_rate: as in timm.
-        drop_path_rate: stochastic depth of the last round, growing linearly from 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Raises:
         ValueError: a patch size that does not divide the grid, or with `strided` is no root of it; a `patch_radix` that
@@ -201,6 +202,7 @@ class PatchOnlyMixer(Trunk):
         patch_sizes: tuple[int, ...] = (5, 7),
         strided: bool = False,
         depth: int = 7,
+        step_blocks: bool = False,
         channels: int = 3,
         patch_radix: int | None = None,
         mlp_ratio: int = 2,
@@ -225,8 +227,10 @@ class PatchOnlyMixer(Trunk):
         height, width = to_2tuple(img_size)
         self.img_size = [height, width]
         self.stem = ImageStem(in_chans, channels, grid, stem_stride, stem_width, **dd)
-        rates = drop_path_rates(drop_path_rate, depth)
         across = mixing == "dense"
+        steps = _steps(patch_sizes, grid_size, strided)
+        rounds = [[step] for step in steps * depth] if step_blocks else [steps] * depth
+        rates = drop_path_rates(drop_path_rate, len(rounds))
         self.blocks = Blocks(
             *[
                 Blocks(
@@ -237,13 +241,13 @@ class PatchOnlyMixer(Trunk):
                             mlp_ratio,
                             across,
                             proj_drop_rate,
-                            rates[i],
+                            rate,
                             **dd,
                         )
-                        for size, stride in _steps(patch_sizes, grid_size, strided)
+                        for size, stride in steps
                     ]
                 )
-                for i in range(depth)
+                for steps, rate in zip(rounds, rates, strict=True)
             ]
         )
         self.head_fold = PatchFold(channels, grid, head_patch or 1)
@@ -254,8 +258,8 @@ class PatchOnlyMixer(Trunk):
             in_chans=in_chans,
             features=features,
             grid=(side, side),
-            widths=[features] * depth,
-            reduction=[max(1, height // side)] * depth,
+            widths=[features] * len(rounds),
+            reduction=[max(1, height // side)] * len(rounds),
             global_pool=global_pool,
             drop_rate=drop_rate,
             **dd,
@@ -302,6 +306,7 @@ _FAST = _STRIDED | {
     "patch_radix": 80,
     "channels": 25,
     "depth": 2,
+    "step_blocks": True,
     "head_patch": 4,
     "global_pool": "avg",
 }

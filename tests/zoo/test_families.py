@@ -231,7 +231,7 @@ def test_a_round_of_strided_patches_reaches_every_pixel_and_fewer_steps_do_not()
 
 def test_a_butterfly_of_small_mlps_mixes_the_values_of_each_patch():
     """Against loops over patches, levels and blocks (Dimension Mixer, sections 4.1 and 4.3)."""
-    step = _create("patch_only_mixer_fast_32").double().blocks[0][1]  # pixels four apart
+    step = _create("patch_only_mixer_fast_32").double().blocks[1][0]  # pixels four apart
     x = torch.randn(1, 25, 16, 16, dtype=torch.float64)
     expected = x.clone()
     for row, column in itertools.product(range(4), range(4)):
