@@ -13,7 +13,7 @@ import typer
 
 from dimmix import __version__
 from dimmix.allocator import keep_freed_memory
-from dimmix.errors import DimmixError, Interrupted, first_line
+from dimmix.errors import DimmixError, Interrupted, first_line, system_error
 
 from .sink import note
 
@@ -81,7 +81,7 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:  # a full disk, a folder that may not be written to
             if os.environ.get("DIMMIX_DEBUG") == "1":
                 raise
-            _say(_of_system(error), error)
+            _say(system_error(error), error)
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -92,10 +92,6 @@ def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return run
-
-
-def _of_system(error: OSError) -> str:
-    return f"{error.filename or 'output'}: {error.strerror or error}"
 
 
 def _say(message: str, error: BaseException) -> None:
@@ -127,7 +123,7 @@ def main() -> None:
     except OSError as error:  # of what is printed, or written for the shell's completion, outside of a command
         if os.environ.get("DIMMIX_DEBUG") == "1":
             raise
-        _say(_of_system(error), error)
+        _say(system_error(error), error)
         sys.exit(1)
 
 

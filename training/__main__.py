@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dimmix.allocator import keep_freed_memory
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, system_error
 
 
 class Split(enum.StrEnum):
@@ -81,7 +81,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a folder that cannot be made, a full disk
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {system_error(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", 130))

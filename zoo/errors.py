@@ -18,6 +18,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def system_error(error: OSError) -> str:
+    """What the operating system refused, on one line: the file, where it names one, and why."""
+    return f"{error.filename or 'output'}: {error.strerror or error}"
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal that ended the work; the exit code is 128 and its `number`."""
 

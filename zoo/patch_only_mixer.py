@@ -229,8 +229,8 @@ class PatchOnlyMixer(Trunk):
         self.stem = ImageStem(in_chans, channels, grid, stem_stride, stem_width, **dd)
         across = mixing == "dense"
         steps = _steps(patch_sizes, grid_size, strided)
-        rounds = [[step] for step in steps * depth] if step_blocks else [steps] * depth
-        rates = drop_path_rates(drop_path_rate, len(rounds))
+        blocks = [[step] for step in steps * depth] if step_blocks else [steps] * depth
+        rates = drop_path_rates(drop_path_rate, len(blocks))
         self.blocks = Blocks(
             *[
                 Blocks(
@@ -244,10 +244,10 @@ class PatchOnlyMixer(Trunk):
                             rate,
                             **dd,
                         )
-                        for size, stride in steps
+                        for size, stride in block
                     ]
                 )
-                for steps, rate in zip(rounds, rates, strict=True)
+                for block, rate in zip(blocks, rates, strict=True)
             ]
         )
         self.head_fold = PatchFold(channels, grid, head_patch or 1)
@@ -258,8 +258,8 @@ class PatchOnlyMixer(Trunk):
             in_chans=in_chans,
             features=features,
             grid=(side, side),
-            widths=[features] * len(rounds),
-            reduction=[max(1, height // side)] * len(rounds),
+            widths=[features] * len(blocks),
+            reduction=[max(1, height // side)] * len(blocks),
             global_pool=global_pool,
             drop_rate=drop_rate,
             **dd,
