@@ -29,8 +29,8 @@ def publish(
     \b
     Examples:
       dimmix publish butterfly_resnet20_convmix_w32.cifar10 --repo me/butterfly --dry-run
-      dimmix publish runs/mine/mine.json --repo me/mine --private
-      dimmix publish runs/mine/mine.json --to mine
+      dimmix publish runs/mine/butterfly_resnet_fast_32.photos.json --repo me/mine --private
+      dimmix publish runs/mine/butterfly_resnet_fast_32.photos.json --to mine
     """
     if repo is None and to is None and not dry_run:
         raise DimmixError("name the repository with --repo org/name, or a folder with --to", exit_code=2)

@@ -58,7 +58,7 @@ def _layers(modes: Sequence[str]) -> str:
     records = [record for record in _records("linear", "mlp") if record["mode"] in modes]
     columns = {"layer": _get("work"), "n": _get("n"), "rows": _get("rows"), "layout": _get("layout")}
     columns |= {"mode": _get("mode")} if len(modes) > 1 else {}
-    ours = {"than oneDNN": lambda record: f"{record['faster_than_ours']:.3g}"} if modes == ["float32"] else {}
+    ours = {"than our dense": lambda record: f"{record['faster_than_ours']:.3g}"} if modes == ["float32"] else {}
     return markdown_table(records, columns | _PAIR | ours)
 
 
@@ -116,8 +116,25 @@ def _memory() -> str:
 
 
 def _twins() -> str:
-    columns = {"model": _get("work"), "backend": _get("backend"), "batch": _get("batch")}
-    return markdown_table(_records("twins"), columns | _PAIR)
+    """How many times as fast as its twin each model is, a row a model and a column a way to run it."""
+    rows: dict[str, dict[tuple[str, int], Record]] = {}
+    for record in _records("twins"):
+        rows.setdefault(record["work"], {})[record["backend"], record["batch"]] = record
+    ways = list(dict.fromkeys(way for row in rows.values() for way in row))
+    most = max(batch for _, batch in ways)
+
+    def ratio(way: tuple[str, int], row: tuple[str, dict[tuple[str, int], Record]]) -> str:
+        record = row[1].get(way)
+        short = record and record["reach"] and record["faster"] < record["reach"]
+        return (_faster(record) + " **short**" * bool(short)) if record else ""
+
+    columns: dict[str, Callable[[Any], object]] = {
+        "model": lambda row: row[0],
+        "MACs": lambda row: f"1/{row[1]['fused', most]['mac_ratio']:.3g}",
+        f"to reach at {most}": lambda row: _reach(row[1]["fused", most]).partition(" ")[0],
+    }
+    columns |= {f"{backend}, {batch}": partial(ratio, (backend, batch)) for backend, batch in ways}
+    return markdown_table(list(rows.items()), columns)
 
 
 def _equals() -> str:

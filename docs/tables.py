@@ -5,6 +5,7 @@ python docs/tables.py            # write
 python docs/tables.py --check    # exit 1 and say which text is out of date
 """
 
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import benchmark_tables
 from huggingface_hub import EvalResult, ModelCardData
 
-from dimmix import list_models
+from dimmix import family_of, list_models
 from dimmix.checkpoints import Card, cards
 from dimmix.registry import dense_twin
 
@@ -89,12 +90,14 @@ the original. Where hyper-parameters or epochs were compared, it was on the last
 
 ## Training
 
-Teachers learnt from the same training images and no others. Their weights and cards lie beside the recipes in the
-repository (`recipes/teacher_cnn*`), not in the package.
+`dimmix train recipes/NAME.toml --split full` repeats a row. Teachers learnt from the same training images and no
+others. Their weights and cards lie beside the recipes in the repository (`recipes/teacher_cnn*`), not in the package.
 
 {training}
 
 ## Per-class accuracy
+
+Of the bundled checkpoints, in percent; that of the others is in their cards in docs/cards.
 
 {classes}
 """
@@ -163,7 +166,31 @@ def _table(found: list[Card], short: bool = False) -> str:
     }
     if short:
         columns = {name: columns[name] for name in ("model", "top-1 %", "params", "MMACs", "ms, 64 images")}
+        found = _to_choose_from(found, latency)
     return benchmark_tables.markdown_table(_best_first(found), columns)
+
+
+def _to_choose_from(found: list[Card], latency: dict[str, float]) -> list[Card]:
+    """Of the bundled models those that none is as fast and more accurate than, and the best of each family; and twins.
+
+    A data set each. A dense twin is here for its sparse model alone.
+    """
+    dense = {dense_twin(card.architecture) for card in found}
+    ours = [card for card in found if card.name in cards() and card.architecture not in dense]
+    best = {(card.dataset, family_of(card.architecture)): card for card in sorted(ours, key=lambda card: card.top1)}
+    chosen = [
+        card
+        for card in ours
+        if card is best[card.dataset, family_of(card.architecture)]
+        or not any(_as_fast_and_better(other, card, latency) for other in ours)
+    ]
+    twins = {(card.tag, dense_twin(card.architecture)) for card in chosen}
+    return chosen + [card for card in found if (card.tag, card.architecture) in twins]
+
+
+def _as_fast_and_better(other: Card, card: Card, latency: dict[str, float]) -> bool:
+    times = [latency.get(one.architecture, math.inf) for one in (other, card)]
+    return other.dataset == card.dataset and other.top1 > card.top1 and times[0] <= times[1]
 
 
 def _beside_twins(found: list[Card]) -> str:
@@ -214,6 +241,20 @@ def _by_recipes(found: list[Card]) -> str:
     return benchmark_tables.markdown_table(_best_first(by_cpu_recipes()), columns)
 
 
+def _training(found: list[Card]) -> str:
+    """How each model came to be."""
+    columns = {
+        "model": lambda card: f"`{card.name}`",
+        "seed": lambda card: str(card.seed),
+        "epochs": lambda card: str(card.epochs) + " more" * bool(card.started_from),
+        "teacher": lambda card: card.teacher or "",
+        "minutes": lambda card: f"{card.train_minutes:.1f}",
+        "images/s": lambda card: f"{card.images_per_second:.0f}",
+        "hardware": lambda card: card.hardware,
+    }
+    return benchmark_tables.markdown_table(_best_first(found), columns)
+
+
 def _seeds(found: list[Card]) -> str:
     """Mean and standard deviation of top-1 over the seeds of each recipe that was repeated."""
     by_recipe = {card.recipe: [card] for card in [*found, *by_cpu_recipes()]}
@@ -255,13 +296,6 @@ def _model_card(found: list[Card]) -> str:
             if card.name in cards()
         ],
     )
-    training = "\n".join(
-        f"- `{card.name}`: seed {card.seed}, {_epochs(card)}, "
-        f"{f'taught by {card.teacher} on the same images, ' if card.teacher else ''}"
-        f"{card.train_minutes:.1f} minutes at {card.images_per_second:.0f} images/s on {card.hardware}; "
-        f"`{card.command}`."
-        for card in found
-    )
     classes = "\n".join(
         f"- `{card.name}`: "
         + ", ".join(
@@ -269,6 +303,7 @@ def _model_card(found: list[Card]) -> str:
             for label, value in zip(card.labels, card.per_class_accuracy, strict=True)
         )
         for card in found
+        if card.name in cards()
     )
     return MODEL_CARD.format(
         metadata=metadata.to_yaml(),
@@ -276,7 +311,7 @@ def _model_card(found: list[Card]) -> str:
         twins=_beside_twins(found),
         cpu=_by_recipes(found),
         seeds=_seeds(found),
-        training=training,
+        training=_training(found),
         classes=classes,
     )
 

@@ -20,7 +20,7 @@ from .datasets import LabelledImages, Sample
 from .errors import DimmixError, first_line
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
-from .fuse import convolve_levels, convolve_patches, fuse, in_patches, merge_groups
+from .fuse import convolve_levels, fuse, in_patches, merge_groups
 from .layers import ButterflyAttention
 from .preprocess import Preprocess
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
@@ -178,11 +178,11 @@ def _write_onnx(
 ) -> None:
     import onnx
 
-    folded = in_patches(fuse(model))
+    folded = fuse(model)
     if calibration is None:  # products are what int8 is quick with
-        folded = convolve_patches(convolve_levels(folded, ONNX_GROUP))
+        folded = convolve_levels(folded, ONNX_GROUP)
     torch.onnx.export(
-        _WithFeatures(merge_groups(folded, ONNX_GROUP)).eval(),
+        _WithFeatures(merge_groups(in_patches(folded), ONNX_GROUP)).eval(),
         _example(model, spec.preprocess),
         path,
         dynamo=True,

@@ -14,7 +14,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
 from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold, Permute
-from .layers.patch_fold import nest, turn
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
@@ -81,45 +80,23 @@ def convolve_levels(model: nn.Module, least: int) -> nn.Module:
 def in_patches(model: nn.Module) -> nn.Module:
     """A copy of a Patch-Only Mixer that stays in patches from step to step; no more than a copy of any other model.
 
-    One copy turns the patches of a step to those of the next, and moves whole pixels: a patch holds them one after the
-    other, and what norms and MLPs know of its values goes along. So do the patches that `forward_features` gives, if
-    the head has some; pooled they have the order that the head knows.
+    One gather brings the pixels of a step's patches to those of the next; pixels stay whole, with their channels one
+    after the other, and what norms and MLPs know of a patch's values goes along. So do the patches that
+    `forward_features` gives, if the head has some; pooled they have the order that the head knows. Butterflies in
+    patches find their values by gathers too, after `convolve_levels`; before it such a model stays. onnxruntime gathers
+    on all threads, where it turns tensors of many axes on one.
     """
     model = copy.deepcopy(model)
-    steps = [module for module in model.modules() if isinstance(module, PatchStep)]
     if not isinstance(model, PatchOnlyMixer) or type(model.norm) not in (nn.LayerNorm, nn.Identity):
         return model
-    if all(step.weights_say_all() for step in steps):
-        head = model.head_fold
-        image = last = PatchFold(head.channels, _size(head), 1)
-        rounds: Any = model.blocks
-        for blocks in rounds:
-            for i, step in enumerate(blocks):
-                blocks[i] = nn.Sequential(_turns(last, step.fold, image), _InPatches(step))
-                last = step.fold
-        model.stem = nn.Sequential(model.stem, _Pixels())
-        _turn_head(model, _turns(last, head, image))
-    return model
-
-
-def convolve_patches(model: nn.Module) -> nn.Module:
-    """A copy of a Patch-Only Mixer in which butterflies in convolutions find the values of their patches by gathers.
-
-    After `convolve_levels`, where every step has such a butterfly; no more than a copy of any other model. Pixels stay
-    whole from step to step. onnxruntime gathers on all threads; to turn patches at once, it moves number by number.
-    """
-    model = copy.deepcopy(model)
-    steps = [module for module in model.modules() if isinstance(module, PatchStep)]
-    if not isinstance(model, PatchOnlyMixer) or type(model.norm) not in (nn.LayerNorm, nn.Identity):
-        return model
-    if steps and all(_is_convolved(step) for step in steps):
+    rounds: Any = model.blocks
+    steps = [(blocks, i, step) for blocks in rounds for i, step in enumerate(blocks)]
+    if all(isinstance(step, PatchStep) and (step.weights_say_all() or _is_convolved(step)) for *_, step in steps):
         last = _places(PatchFold(1, _size(model.head_fold), 1))
-        rounds: Any = model.blocks
-        for blocks in rounds:
-            for i, step in enumerate(blocks):
-                here = _places(step.fold)
-                blocks[i] = nn.Sequential(_gather(last, here), _ConvolvedStep(step))
-                last = here
+        for blocks, i, step in steps:
+            here = _places(step.fold)
+            step = _DenseStep(step) if step.weights_say_all() else _ConvolvedStep(step)
+            blocks[i], last = nn.Sequential(_gather(last, here), step), here
         model.stem = nn.Sequential(model.stem, _Pixels())
         head = model.head_fold
         _turn_head(model, nn.Sequential(_gather(last, _places(head)), _ToPatches(head)))
@@ -185,11 +162,12 @@ class _ConvolvedStep(nn.Module):
         return x + self.gathers[-1](y).squeeze(2).transpose(1, 2).reshape(x.shape)
 
 
-class _InPatches(nn.Module):
-    """A PatchStep for patches (B, num_patches, p * p * C)."""
+class _DenseStep(nn.Module):
+    """A PatchStep with one MLP a patch for pixels in the order of its patches, (B, H * W, C)."""
 
     def __init__(self, step: PatchStep) -> None:
         super().__init__()
+        self.to_patches = _ToPatches(step.fold)
         step = copy.deepcopy(step)  # what steps share would be turned once for each
         self.norm, self.mlp, self.across_norm, self.across = step.norm, step.mlp, step.across_norm, step.across
         values = [(self.mlp.fc1.weight, 1), (self.mlp.fc2.weight, 0), (self.mlp.fc2.bias, 0)]
@@ -200,32 +178,11 @@ class _InPatches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As it comes."""
-        x = x + self.mlp(self.norm(x))
+        y = self.to_patches(x)
+        y = y + self.mlp(self.norm(y))
         if self.across is not None:
-            x = x + self.across(self.across_norm(x).transpose(1, 2)).transpose(1, 2)
-        return x
-
-
-class _Turn(nn.Module):
-    """Patches of one fold to those of another that nests with it, both (B, num_patches, p * p * C)."""
-
-    def __init__(self, source: PatchFold, target: PatchFold) -> None:
-        super().__init__()
-        self.sizes, self.order = turn(source, target)
-        self.shape = [-1, target.num_patches, target.values]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, source.num_patches, values) -> (B, target.num_patches, values)."""
-        return x.reshape(self.sizes).permute(self.order).reshape(self.shape)
-
-
-def _turns(source: PatchFold, target: PatchFold, image: PatchFold) -> nn.Sequential:
-    """One `_Turn`, by way of the image where the patches of the two do not nest, or none where they are the same."""
-    if (source.patch_size, source.stride) == (target.patch_size, target.stride):
-        return nn.Sequential()
-    if nest(source, target):
-        return nn.Sequential(_Turn(source, target))
-    return nn.Sequential(*_turns(source, image, image), *_turns(image, target, image))
+            y = y + self.across(self.across_norm(y).transpose(1, 2)).transpose(1, 2)
+        return y.reshape(x.shape)
 
 
 @torch.no_grad()

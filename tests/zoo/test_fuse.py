@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import dimmix  # noqa: F401
-from dimmix.fuse import convolve_levels, convolve_patches, fuse, in_patches, merge_groups
+from dimmix.fuse import convolve_levels, fuse, in_patches, merge_groups
 from dimmix.layers import ButterflyMlp, ConvButterflyMlp, Permute
 from dimmix.patch_only_mixer import PatchStep
 
@@ -153,7 +153,7 @@ def test_butterflies_in_patches_find_their_values_by_gathers(args, gathers):
         if isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 2.0)
             nn.init.uniform_(module.bias, -1.0, 1.0)
-    turned = convolve_patches(convolve_levels(model, 16))
+    turned = in_patches(convolve_levels(model, 16))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for pre_logits in (False, True):
         found, expected = (m.forward_head(m.forward_features(x), pre_logits) for m in (turned, model))
@@ -163,10 +163,10 @@ def test_butterflies_in_patches_find_their_values_by_gathers(args, gathers):
     assert type(model.blocks[0][0]) is PatchStep
 
 
-@pytest.mark.parametrize("name", ["patch_only_mixer_fast_32", "patch_only_mixer_fast_32_dense", "resnet10t"])
-def test_what_has_no_butterfly_in_convolutions_stays(name):
-    model = in_patches(timm.create_model(name, num_classes=3).eval())
-    copied = convolve_patches(model)
+@pytest.mark.parametrize("name", ["patch_only_mixer_fast_32", "butterfly_mixer_nano_32", "resnet10t"])
+def test_what_is_not_all_in_patches_stays(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    copied = in_patches(model)
     assert copied is not model
     assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
 
@@ -179,12 +179,10 @@ def test_an_mlp_that_steps_share_is_turned_once():
     torch.testing.assert_close(in_patches(model)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("name", "copies"), [("patch_only_mixer_strided_32", 17), ("patch_only_mixer_tiny_32", 20), ("resnet10t", 0)]
-)
-def test_one_copy_leads_from_step_to_step(name, copies):
+@pytest.mark.parametrize(("name", "gathers"), [("patch_only_mixer_strided_32", 17), ("patch_only_mixer_tiny_32", 11)])
+def test_one_gather_leads_from_step_to_step(name, gathers):
     turned = in_patches(timm.create_model(name, num_classes=3))
-    assert sum(type(module).__name__ == "_Turn" for module in turned.modules()) == copies
+    assert sum(isinstance(module, Permute) for module in turned.modules()) == gathers
 
 
 @torch.no_grad()

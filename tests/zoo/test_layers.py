@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
@@ -22,7 +20,6 @@ from dimmix.layers import (
     random_order,
     scatter_groups,
 )
-from dimmix.layers.patch_fold import nest, turn
 
 from . import reference
 
@@ -243,21 +240,6 @@ def test_patches_of_whole_pixels_have_the_same_values_in_an_order_of_their_own(s
     assert order.tolist() == [4 * channel + pixel for pixel in range(4) for channel in range(3)]
     assert torch.equal(fold.unfold_pixels(pixels), fold.unfold(x)[:, :, order])
     assert torch.equal(fold.fold_pixels(fold.unfold_pixels(pixels)), pixels)
-
-
-@pytest.mark.parametrize(("source", "target"), [((2, 1), (2, 2)), ((2, 4), (2, 1)), ((4, 2), (2, 4)), ((1, 1), (2, 4))])
-def test_patches_turn_to_those_of_another_fold_without_the_image_in_between(source, target):
-    source, target = PatchFold(3, (16, 8), *source), PatchFold(3, (16, 8), *target)
-    patches = torch.randn(2, source.num_patches, source.values)
-    sizes, order = turn(source, target)
-    turned = patches.reshape(sizes).permute(order).reshape(2, target.num_patches, target.values)
-    assert nest(source, target)
-    assert torch.equal(turned, target.unfold_pixels(source.fold_pixels(patches)))
-
-
-def test_patches_nest_where_the_strides_of_one_divide_those_of_the_other():
-    folds = [PatchFold(1, (30, 60), size) for size in (1, 5, 6, 30)]
-    assert [nest(a, b) for a, b in pairwise(folds)] == [True, False, True]
 
 
 def test_permute_undoes_itself_and_refuses_what_is_no_permutation():

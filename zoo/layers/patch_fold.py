@@ -1,8 +1,5 @@
 """Images to patches and back, without overlap and without padding: views and one copy each way."""
 
-from itertools import pairwise
-from math import prod
-
 from torch import Tensor, nn
 
 
@@ -32,8 +29,6 @@ class PatchFold(nn.Module):
         self.channels, self.patch_size, self.stride = channels, patch_size, stride
         self.rows, self.columns = height // span, width // span
         self.num_patches, self.values = self.rows * self.columns * stride**2, channels * patch_size * patch_size
-        pixels = self if span == 1 else PatchFold(channels, img_size, 1)
-        self.cut, self.join = turn(pixels, self), turn(self, pixels)
 
     def unfold(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_patches, C * p * p)."""
@@ -54,53 +49,16 @@ class PatchFold(nn.Module):
 
     def unfold_pixels(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, num_patches, p * p * C)."""
-        sizes, order = self.cut
-        return x.reshape(sizes).permute(order).reshape(-1, self.num_patches, self.values)
+        p, s = self.patch_size, self.stride
+        x = x.reshape(-1, self.rows, p, s, self.columns, p, s, self.channels)
+        return x.permute(0, 1, 3, 4, 6, 2, 5, 7).reshape(-1, self.num_patches, self.values)
 
     def fold_pixels(self, x: Tensor) -> Tensor:
         """(B, num_patches, p * p * C) -> (B, H, W, C)."""
-        sizes, order = self.join
-        span = self.patch_size * self.stride
-        return x.reshape(sizes).permute(order).reshape(-1, self.rows * span, self.columns * span, self.channels)
+        p, s = self.patch_size, self.stride
+        x = x.reshape(-1, self.rows, s, self.columns, s, p, p, self.channels)
+        x = x.permute(0, 1, 5, 2, 3, 6, 4, 7)
+        return x.reshape(-1, self.rows * p * s, self.columns * p * s, self.channels)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns} patches of {self.patch_size}x{self.patch_size}, {self.channels} channels"
-
-
-def nest(source: PatchFold, target: PatchFold) -> bool:
-    """Whether `turn` can turn patches of one fold to those of the other, of the same image."""
-    return all(b % a == 0 for side in _bounds(source, target) for a, b in pairwise(side))
-
-
-def turn(source: PatchFold, target: PatchFold) -> tuple[list[int], list[int]]:
-    """Patches of one fold to those of another of the same image, both (B, num_patches, p * p * C): whole pixels move.
-
-    The sizes to reshape by, and the order to permute to; reshaped, the result is in the target's patches. Both folds
-    cut the rows and the columns of pixels into axes, at the strides of either's pixels and patches. What lies between
-    two of these is an axis of both, with another place among the axes; those that stay neighbours are one.
-    """
-    sizes = {(i, a): b // a for i, side in enumerate(_bounds(source, target)) for a, b in pairwise(side)}
-    before, after = _axes(source, list(sizes)), _axes(target, list(sizes))
-    runs: list[list[int]] = []
-    for place in [*map(before.index, after), len(before)]:  # pixels end with their channels
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    numbers = [*map(sizes.__getitem__, before), source.channels]
-    inorder = sorted(runs)
-    view = [prod(numbers[place] for place in run) for run in inorder]
-    return [-1, *view], [0, *[1 + inorder.index(run) for run in runs]]
-
-
-def _bounds(source: PatchFold, target: PatchFold) -> list[list[int]]:
-    """The strides, in pixels, at which the rows and the columns are cut, and how many there are of these, rising."""
-    cuts = {1} | {fold.stride * size for fold in (source, target) for size in (1, fold.patch_size)}
-    span = source.patch_size * source.stride
-    return [sorted(cuts | {side * span}) for side in (source.rows, source.columns)]
-
-
-def _axes(fold: PatchFold, axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where a patch lies, by rows and by columns, then which of its pixels, each with the longest stride first."""
-    span = fold.stride * fold.patch_size
-    return sorted(axes, key=lambda axis: (fold.stride <= axis[1] < span, axis[0], -axis[1]))
