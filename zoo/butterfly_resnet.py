@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .butterfly import ButterflySchedule, Level
 from .data_cfg import base_cfg
 from .layers import ConvNorm, ConvStem, gather_groups, native_stage, scatter_groups
-from .layers.eager import is_hooked, part
+from .layers.eager import is_hooked, is_idle, part
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
 from .registry import register_variants, with_dense_twins
@@ -81,7 +81,7 @@ class BasicBlock(nn.Module):
         turn_middle = native_stage.turn_of(part(self, "shuffle"))
         if first is None or second is None or third is None or turn_middle is None:
             return None
-        if is_hooked(self) or is_hooked(drop) or is_hooked(shortcut) or drop.training:
+        if is_hooked(self) or is_hooked(shortcut) or not is_idle(drop):
             return None
         return native_stage.Block(self.stride, turn, turn_middle, first, second, third)
 
@@ -235,13 +235,17 @@ class ButterflyResNet(Trunk):
 
     def embed(self, x: Tensor) -> Tensor:
         """Image -> stem features, channels_last from here on."""
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stem(_channels_last(x))
 
     @torch.jit.unused
     def features_by_kernel(self, x: Tensor) -> Tensor | None:
         """What follows each other in the kernel is one call of it: nothing in between leaves its layout."""
         parts = [self.stem, *self.blocks]
         if not native_stage.takes(x) or self.grad_checkpointing or any(map(is_hooked, (self.blocks, *parts))):
+            return None
+        if type(self).embed is not ButterflyResNet.embed or type(self).leave is not Trunk.leave:
+            return None
+        if not {"embed", "leave"}.isdisjoint(self.__dict__):
             return None
         blocks_of = [module.kernel_blocks() if type(module) in (ConvStem, Stage) else [] for module in parts]
         if not all(blocks_of):
@@ -253,13 +257,18 @@ class ButterflyResNet(Trunk):
                 continue
             x = native_stage.stage(x, together) if together else x
             together = blocks if native_stage.may_follow(x, [], blocks) else []
-            x = x if together else module(x.contiguous(memory_format=torch.channels_last))
+            x = x if together else module(_channels_last(x))
         return self.norm(native_stage.stage(x, together) if together else x)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions for layer-wise learning-rate decay."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """In that memory format, by operators that `torch.func.vmap` knows."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

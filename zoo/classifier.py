@@ -54,8 +54,8 @@ class Classifier:
         checkpoint: a `.safetensors` file with weights for the architecture `name`.
         amp: run in bfloat16 where torch's autocast allows it.
 
-    Images are paths, encoded bytes, PIL images, uint8 arrays (H, W[, C]) or uint8 tensors (C, H, W); float arrays and
-    tensors of the model's input shape (C, H, W) are taken as what `transform` returned.
+    Images are paths, encoded bytes, files open for reading bytes, PIL images, uint8 arrays (H, W[, C]) or uint8 tensors
+    (C, H, W); float arrays and tensors of the model's input shape (C, H, W) are taken as what `transform` returned.
 
     Raises:
         DimmixError: no such model, or weights that do not fit.
@@ -100,6 +100,7 @@ class Classifier:
 
         Raises:
             ImageError: an image that cannot be read. `stream` goes on past it.
+            ValueError: `topk` is below 1.
         """
         if single := self._is_single(images):
             images = [images]
@@ -129,7 +130,13 @@ class Classifier:
     def stream(
         self, images: Iterable[Any], topk: int = 5, *, batch_size: int = 64, workers: int | None = None
     ) -> Iterator[Result]:
-        """A `Result` for each image in turn, as batches fill, in bounded memory; `images` may hold errors."""
+        """A `Result` for each image in turn, as batches fill, in bounded memory; `images` may hold errors.
+
+        Raises:
+            ValueError: `topk` is below 1.
+        """
+        if topk < 1:
+            raise ValueError(f"topk={topk}: at least 1")
         for image, best in self._stream(partial(self._best, topk), images, batch_size, workers):
             if isinstance(best, ImageError):
                 yield Result(describe(image), [], best.reason)
@@ -155,7 +162,7 @@ class Classifier:
         """One image, read and cropped: uint8 (H, W, C), or float32 (C, H, W) if it came transformed."""
         preprocess = self.runtime.spec.preprocess
         if _is_floating(image):
-            array = np.asarray(image.float().cpu() if hasattr(image, "cpu") else image, np.float32)
+            array = np.asarray(image.detach().float().cpu() if hasattr(image, "cpu") else image, np.float32)
             if array.shape != preprocess.input_size:
                 reason = f"float values of shape {array.shape}: after `transform` they are {preprocess.input_size}"
                 raise ImageError(describe(image), reason)
@@ -185,7 +192,7 @@ class Classifier:
     def _is_single(self, images: Any) -> bool:
         if isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
             return True
-        return hasattr(images, "ndim") and images.ndim < 4
+        return hasattr(images, "read") or (hasattr(images, "ndim") and images.ndim < 4)
 
 
 def softmax(logits: np.ndarray, model: str) -> np.ndarray:

@@ -179,6 +179,9 @@ def _write_onnx(
     import onnx
 
     folded = fuse(model)
+    attentions = [module for module in folded.modules() if isinstance(module, ButterflyAttention)]
+    for attention in attentions:
+        attention.as_onnx_operator = True
     if calibration is None:  # products are what int8 is quick with
         folded = convolve_levels(folded, ONNX_GROUP)
     torch.onnx.export(
@@ -191,7 +194,7 @@ def _write_onnx(
         output_names=["logits", "features"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
         verbose=False,
-        opset_version=ONNX_OPSET if any(isinstance(m, ButterflyAttention) for m in model.modules()) else None,
+        opset_version=ONNX_OPSET if attentions else None,
     )
     if calibration is not None:
         _quantize(path, model, calibration)

@@ -14,23 +14,32 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .butterfly import ButterflySchedule
 from .layers import BlockMlp, ButterflyMlp, ConvButterflyMlp, ConvNorm, PatchFold, Permute
+from .layers.eager import is_hooked
 from .patch_only_mixer import PatchOnlyMixer, PatchStep
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose every ConvNorm is one convolution with a bias; the same function to 1e-5.
 
-    It has other parameters than `model`: fuse after the weights are loaded, and do not train what comes back.
+    But for those of which a part was exchanged, is watched, or makes its weights in its call. It has other parameters
+    than `model`: fuse after the weights are loaded, and do not train what comes back.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():
-        if isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
+        if isinstance(module, ConvNorm) and _folds(module.conv, module.bn):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
             module.register_module("bn", nn.Identity())
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     return model
+
+
+def _folds(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the two are as they were built, so that their weights say all."""
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or is_hooked(conv) or is_hooked(norm):
+        return False
+    return "weight" in conv._parameters and norm.running_mean is not None
 
 
 def merge_groups(model: nn.Module, least: int) -> nn.Module:

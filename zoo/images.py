@@ -32,8 +32,9 @@ class ImageError(DimmixError):
 
 
 def open_image(source: Any, mode: str = "RGB") -> Image.Image:
-    """Decode a path, encoded bytes, PIL image or uint8 array ((H, W), (H, W, C) or tensor (C, H, W)), upright.
+    """Decode a path, encoded bytes, an open file, a PIL image or a uint8 array to one that is upright.
 
+    Arrays are (H, W) or (H, W, C), tensors (C, H, W).
     `mode` is `RGB` or `L`. Transparency is laid over white; 16-bit and float images are scaled to 8 bits.
 
     Raises:
@@ -43,7 +44,7 @@ def open_image(source: Any, mode: str = "RGB") -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_mode(source, mode)
-        if isinstance(source, str | os.PathLike):
+        if isinstance(source, str | os.PathLike) or hasattr(source, "read"):
             with Image.open(source) as image:
                 return _to_mode(image, mode)
         if isinstance(source, bytes | bytearray | memoryview):

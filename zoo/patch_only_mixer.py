@@ -121,13 +121,13 @@ class PatchStep(nn.Module):
             return False
         if any(map(is_hooked, [self.fold, self.mlp, *norms])):
             return False
-        return is_as_built(self.mlp.fc1) and is_as_built(self.mlp.fc2)
+        return all(is_as_built(fc) and fc.bias is not None for fc in (self.mlp.fc1, self.mlp.fc2))
 
     @torch.jit.unused
     def _on_pixels(self, x: Tensor) -> Tensor:
         """`forward` in channels_last, where patches are cut of whole pixels and the weights turned to match."""
         fold, fc1, fc2 = self.fold, self.mlp.fc1, self.mlp.fc2
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1).contiguous()
         hidden = F.gelu(linear(self._normed(self.norm, x), fold.turned(fc1.weight, 1), fc1.bias))
         y = linear(self.mlp.drop(hidden), fold.turned(fc2.weight), fold.turned(fc2.bias))
         x = x + fold.fold_pixels(self.drop_path(y))

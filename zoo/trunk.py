@@ -195,11 +195,11 @@ class Trunk(nn.Module):
 
     @torch.jit.unused
     def _wants_whole_batches(self) -> bool:
-        """A BatchNorm in training mode gathers statistics, without gradients too, and a hook may keep what it sees."""
+        """A BatchNorm may take its statistics of the batch, without gradients too, and a hook may keep what it sees."""
         if self.training:
             return True
         parts = (module for module in self.modules() if module is not self)
-        return any(is_hooked(part) or (part.training and isinstance(part, nn.BatchNorm2d)) for part in parts)
+        return any(is_hooked(part) or (isinstance(part, nn.BatchNorm2d) and _uses_batch(part)) for part in parts)
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -208,6 +208,7 @@ class Trunk(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> tokens (B, N, C) or maps (B, C, H, W), normalised, not pooled."""
+        torch._assert(x.dim() == 4, "images come as (B, C, H, W), a batch of them")
         if not torch.jit.is_scripting():
             tile = self.images_per_tile
             tiles = bool(tile) and runs_eagerly(x) and not native.takes(x)
@@ -240,6 +241,10 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _uses_batch(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
 
 
 def _take_indices(blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:

@@ -191,7 +191,7 @@ def test_bad_options_are_named(name, kwargs, message):
 
 
 def test_images_of_the_wrong_size_are_refused():
-    with pytest.raises(AssertionError, match="image height does not match"):
+    with pytest.raises(AssertionError, match="image height 36 does not match"):
         _create("vit_butterfly_nano_patch4_32")(torch.randn(1, 3, 36, 32))
 
 

@@ -134,11 +134,13 @@ class FeatureMixer(nn.Module):
 
     @torch.jit.unused
     def mix_natively(self, x: Tensor, features_last: bool) -> Tensor | None:
-        """`mix` by our kernels, or None where they do not apply."""
+        """`mix` by our kernels, or None where they do not apply. Leading axes of x may be split, as by `merge`."""
         if not native.takes(x):
             return None
         steps = self.steps()
-        return native.mix(x, steps, features_last) if steps else None
+        if not steps:
+            return None
+        return native.mix(x if x.ndim == 2 else x.flatten(0, -2), steps, features_last)
 
     @torch.jit.unused
     def branch(self, norm: native.Norm | None) -> native_branches.Branch | None:
@@ -174,11 +176,16 @@ class FeatureMixer(nn.Module):
         return not any(is_hooked(m) or type(m).__module__.partition(".")[0] not in homes for m in self.modules())
 
     @torch.jit.unused
+    def _draws(self) -> bool:
+        """Whether dropout is at work: a pass without gradients may be the one that another with them recomputes."""
+        return self.training and any(isinstance(module, nn.Dropout) for module in self.modules())
+
+    @torch.jit.unused
     def _mix_tiles(self, x: Tensor) -> Tensor:
         y = self.mix_natively(x.t(), True)
         if y is not None:
             return y
-        if not runs_eagerly(x):
+        if not runs_eagerly(x) or self._draws():
             if torch.compiler.is_exporting():
                 return self.mix_exported(x)
             return self.mix_levels(x.t(), True)

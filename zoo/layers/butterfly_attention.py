@@ -38,6 +38,9 @@ class ButterflyAttention(nn.Module):
         ValueError: `num_heads` does not divide `dim`.
     """
 
+    as_onnx_operator = False
+    """Whether an export may use ONNX's operator for attention, which opsets below 23 do not have."""
+
     def __init__(
         self,
         dim: int,
@@ -118,7 +121,7 @@ class ButterflyAttention(nn.Module):
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
             if self.radix <= native.LONGEST and native.takes(q):
                 return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
-            if torch.onnx.is_in_onnx_export() and self.radix <= SMALL_GROUP:
+            if self.as_onnx_operator and torch.compiler.is_exporting() and self.radix <= SMALL_GROUP:
                 return self._attend_in_onnx(q, k, v)
         q, k, v = self.fold_groups(q), self.fold_groups(k), self.fold_groups(v)
         if not torch.jit.is_scripting():

@@ -41,7 +41,7 @@ class DenseMlp(FeatureMixer):
         """Features first: (n, rows) -> (n, rows), or with `features_last` (rows, n)."""
         plain = True
         if not torch.jit.is_scripting():
-            plain = is_as_built(self.fc1) and is_as_built(self.fc2)
+            plain = all(is_as_built(fc) and fc.bias is not None for fc in (self.fc1, self.fc2))
         if features_last or not plain:
             y = self.fc2(self.drop(F.gelu(self.fc1(x.t()))))
             return y if features_last else y.t()

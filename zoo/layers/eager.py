@@ -52,5 +52,7 @@ def parameter(module: nn.Module, name: str) -> Any:
 
 @torch.jit.unused
 def is_idle(drop: nn.Module) -> bool:
-    """Whether a dropout, or what stands in its place, passes everything on and nobody watches it."""
-    return (isinstance(drop, nn.Identity) or not drop.training) and not is_hooked(drop)
+    """Whether a dropout or stochastic depth, torch's or timm's, passes everything on and nobody watches it."""
+    kind = type(drop)
+    off = not drop.training and (kind is nn.Dropout or kind.__module__ == "timm.layers.drop")
+    return (off or kind is nn.Identity) and not is_hooked(drop)

@@ -98,23 +98,42 @@ def takes(x: Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
+    """Whether hooks wait for all modules, or torch.func or forward-mode differentiation goes along, which `no_grad`
+    does not switch off."""
     if torch.compiler.is_compiling():
         return False
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def steps_of(parts: nn.Module) -> list[Step]:
-    """What `step()` of each child gives; none at all where one of them gives None, or weights that are not plain."""
+    """What `step()` of each child gives; none at all where one of them gives None, or weights that do not fit it."""
     steps = []
     for part in parts._modules.values():
         step: Step | None = part.step() if hasattr(part, "step") else None  # type: ignore[operator,union-attr]
-        if step is None or step.weight is None or not (is_plain(step.weight) and is_plain(step.bias)):
-            return []
-        if not (is_plain(step.weight2) and is_plain(step.bias2)):
+        if step is None or not fits(step):
             return []
         steps.append(step)
     return steps
+
+
+def fits(step: Step) -> bool:
+    """Whether its tensors are plain and have as many numbers as it says: the kernels read them without a look."""
+    groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, *_ = step
+    blocks, middle = groups * stride, hidden or outer
+    numbers = ((weight, middle * inner), (bias, middle), (weight2, outer * hidden), (bias2, outer))
+    plain = weight is not None and (weight2 is None) == (hidden == 0)
+    return plain and all(t is None or (is_plain(t) and t.numel() == blocks * count) for t, count in numbers)
+
+
+def features_after(steps: Sequence[Step], features: int) -> int:
+    """How many features steps in a row make of so many. Raises ValueError where one of them takes another number."""
+    for groups, stride, inner, outer, *_ in steps:
+        if features != groups * stride * inner:
+            raise ValueError(f"{groups * stride * inner} features expected, the input has {features}")
+        features = groups * stride * outer
+    return features
 
 
 def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
@@ -130,7 +149,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     if type(module) is not nn.LayerNorm or is_hooked(module) or len(module.normalized_shape) != 1:
         return None
     weight, bias = parameter(module, "weight"), parameter(module, "bias")
-    if weight is None or bias is None or not is_plain(weight) or not is_plain(bias):
+    if weight is None or bias is None or not is_plain(weight) or not is_plain(bias) or weight.shape != bias.shape:
         return None
     return Norm(weight, bias, module.eps)
 
@@ -139,11 +158,9 @@ def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
     """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features).
 
     Raises:
-        ValueError: `x` has another number of features than the first step.
+        ValueError: `x`, or what a step gives, has another number of features than the next step takes.
     """
-    features = steps[0].groups * steps[0].stride * steps[0].inner
-    if x.shape[0] != features:
-        raise ValueError(f"{features} features expected, the input has {x.shape[0]}")
+    features_after(steps, x.shape[0])
     return _mix_operator(x, *lists_of(steps), features_last)
 
 

@@ -71,6 +71,8 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
     if sides != ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), "zeros"):
         return None
     weight = conv.weight
+    if weight.shape[2:] != sides[0] or len(weight) % conv.groups:
+        return None
     taps_first = not weight.is_contiguous()
     if taps_first and not weight.is_contiguous(memory_format=torch.channels_last):
         return None
@@ -82,6 +84,8 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
     elif type(norm) is not nn.Identity:
         return None
     if not all(native.is_plain(tensor, strided=True) for tensor in tensors):
+        return None
+    if not all(tensor is None or len(tensor) == len(weight) for tensor in tensors):
         return None
     return Convolution((len(weight), weight.shape[1], conv.groups, int(taps_first)), tensors, epsilon)
 
@@ -150,11 +154,11 @@ def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     """(B, C, H, W) -> (B, C', H', W'), channels_last.
 
     Raises:
-        ValueError: `x` has another number of channels than the first block takes.
+        ValueError: `x`, or what a convolution gives, has another number of channels than the next one takes.
     """
-    _, width, groups, _ = blocks[0].first.shape
-    if x.shape[1] != width * groups:
-        raise ValueError(f"{width * groups} channels expected, the input has {x.shape[1]}")
+    channels = x.shape[1]
+    for block in blocks:
+        channels = _channels_through(block, channels)
     shapes: list[int] = []
     tensors: list[Tensor | None] = []
     epsilons: list[float] = []
@@ -165,6 +169,24 @@ def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
             tensors += parts
             epsilons.append(epsilon)
     return _stage_operator(x, tensors, shapes, epsilons)
+
+
+def _channels_through(block: Block, channels: int) -> int:
+    """How many channels a block makes of so many."""
+    made = _channels_of(block.first, channels)
+    if block.second is not NOTHING:
+        made = _channels_of(block.second, made)
+        added = channels if block.shortcut is NOTHING else _channels_of(block.shortcut, channels)
+        if added != made:
+            raise ValueError(f"{made} channels expected of the shortcut, it has {added}")
+    return made
+
+
+def _channels_of(convolution: Convolution, channels: int) -> int:
+    out, width, groups, _ = convolution.shape
+    if channels != width * groups:
+        raise ValueError(f"{width * groups} channels expected, the input has {channels}")
+    return out
 
 
 _NUMBERS = 19  # of a block

@@ -70,9 +70,10 @@ def step_of(linear: nn.Module) -> native.Step | None:
 
 @torch.jit.unused
 def _step(weight: Tensor | None, bias: Tensor | None) -> native.Step | None:
-    if weight is None or not native.is_plain(weight) or not native.is_plain(bias):
+    if weight is None:
         return None
-    return native.Step(1, 1, weight.shape[1], weight.shape[0], weight, bias)
+    step = native.Step(1, 1, weight.shape[1], weight.shape[0], weight, bias)
+    return step if native.fits(step) else None
 
 
 @torch.jit.unused

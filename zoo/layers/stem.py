@@ -122,6 +122,7 @@ class TokenStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, N, C)."""
-        torch._assert(x.shape[2] == self.img_size[0], "image height does not match the model's img_size")
-        torch._assert(x.shape[3] == self.img_size[1], "image width does not match the model's img_size")
+        height, width = self.img_size
+        torch._assert(x.shape[2] == height, f"image height {x.shape[2]} does not match the model's, {height}")
+        torch._assert(x.shape[3] == width, f"image width {x.shape[3]} does not match the model's, {width}")
         return self.proj(x).flatten(2).transpose(1, 2)
