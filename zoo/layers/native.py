@@ -122,9 +122,15 @@ def fits(step: Step) -> bool:
     """Whether its tensors are plain and have as many numbers as it says: the kernels read them without a look."""
     groups, stride, inner, outer, weight, bias, hidden, weight2, bias2, *_ = step
     blocks, middle = groups * stride, hidden or outer
-    numbers = ((weight, middle * inner), (bias, middle), (weight2, outer * hidden), (bias2, outer))
-    plain = weight is not None and (weight2 is None) == (hidden == 0)
-    return plain and all(t is None or (is_plain(t) and t.numel() == blocks * count) for t, count in numbers)
+    if weight is None or not is_plain(weight) or weight.numel() != blocks * middle * inner:
+        return False
+    if bias is not None and not (is_plain(bias) and bias.numel() == blocks * middle):
+        return False
+    if not hidden:
+        return weight2 is None and bias2 is None
+    if weight2 is None or not is_plain(weight2) or weight2.numel() != blocks * outer * hidden:
+        return False
+    return bias2 is None or (is_plain(bias2) and bias2.numel() == blocks * outer)
 
 
 def features_after(steps: Sequence[Step], features: int) -> int:

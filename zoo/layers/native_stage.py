@@ -67,12 +67,10 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
     conv, norm = part(module, "conv"), part(module, "bn")
     if type(conv) is not nn.Conv2d or is_hooked(conv) or is_hooked(norm):
         return None
-    sides = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    if sides != ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), "zeros"):
+    built = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    if built != ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), "zeros"):
         return None
     weight = conv.weight
-    if weight.shape[2:] != sides[0] or len(weight) % conv.groups:
-        return None
     taps_first = not weight.is_contiguous()
     if taps_first and not weight.is_contiguous(memory_format=torch.channels_last):
         return None
@@ -83,11 +81,13 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
         epsilon = norm.eps
     elif type(norm) is not nn.Identity:
         return None
-    if not all(native.is_plain(tensor, strided=True) for tensor in tensors):
+    out, width, *sides = weight.shape
+    if sides != [kernel, kernel] or out % conv.groups or not native.is_plain(weight, strided=True):
         return None
-    if not all(tensor is None or len(tensor) == len(weight) for tensor in tensors):
-        return None
-    return Convolution((len(weight), weight.shape[1], conv.groups, int(taps_first)), tensors, epsilon)
+    for tensor in tensors[1:]:
+        if tensor is not None and not (native.is_plain(tensor) and tensor.numel() == out):
+            return None
+    return Convolution((out, width, conv.groups, int(taps_first)), tensors, epsilon)
 
 
 def plain_block(layer: nn.Module, relu: nn.Module) -> Block | None:
