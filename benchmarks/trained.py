@@ -14,7 +14,7 @@ def unbundled() -> list[Card]:
 
 
 def by_cpu_recipes() -> list[Card]:
-    """Cards by the recipes for CPU cores of models that a GPU has trained since, or whose twins it has; by name."""
+    """Cards by the recipes for CPU cores of models that a longer recipe, mostly a GPU's, has trained since; by name."""
     return [Card.read(path) for path in sorted(CPU_CARDS.glob("*.json"))]
 
 
@@ -24,5 +24,5 @@ def last_trained() -> list[Card]:
 
 
 def trained_alike() -> list[Card]:
-    """Cards by the recipes for CPU cores, of models that no GPU has trained since too: timm's have had no other."""
-    return [card for card in last_trained() if not card.hardware.startswith("NVIDIA")] + by_cpu_recipes()
+    """Cards of models that the small teacher has taught, by the recipes for CPU cores: timm's have had no other."""
+    return [card for card in [*last_trained(), *by_cpu_recipes()] if card.teacher == "teacher_cnn"]

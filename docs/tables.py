@@ -61,8 +61,8 @@ the twins' matrices.
 {cpu}
 
 Top-1 of models that were trained on CPU cores, by `recipes/cpu/NAME.toml` (the teacher there has a third of the
-parameters), and where a GPU has trained the same model since, by `recipes/NAME.toml`, what it has now, as in the tables
-above. The weights of the first are not kept; their cards are in docs/cards/cpu.
+parameters), and what the same model has by the longer `recipes/NAME.toml`, mostly a GPU's, as in the tables above. The
+weights of the first are not kept; their cards are in docs/cards/cpu.
 
 ### Other seeds
 
@@ -229,14 +229,14 @@ def _best_first(found: list[Card]) -> list[Card]:
 
 
 def _by_recipes(found: list[Card]) -> str:
-    """What each model had by the recipe for CPU cores, and has by that for a GPU."""
+    """What each model had by the recipe for CPU cores, and has by the longer one."""
     last = {card.name: card for card in found}
     columns = {
         "model": lambda card: f"`{card.name}`",
         "top-1 %": lambda card: f"{card.top1:.2f}",
         "epochs": lambda card: str(card.epochs),
         "minutes": lambda card: f"{card.train_minutes:.0f}",
-        "top-1 % by the recipe for a GPU": lambda card: f"{last[card.name].top1:.2f}" if card.name in last else "",
+        "top-1 % by the longer recipe": lambda card: f"{last[card.name].top1:.2f}" if card.name in last else "",
     }
     return benchmark_tables.markdown_table(_best_first(by_cpu_recipes()), columns)
 
