@@ -25,7 +25,9 @@ class Kind(StrEnum):
 def study(
     kind: Annotated[Kind, typer.Argument(help="What to study.")],
     data: Annotated[Path, typer.Option(help="Folder of the data sets, or of this one.")] = Path("data"),
-    dataset: Annotated[str, typer.Option(help="Its name in that folder: cifar10 or cifar100.")] = "cifar10",
+    dataset: Annotated[
+        str | None, typer.Option(help="Its name in that folder. Default: the recipe's, or cifar10.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for results and figure; what is there is kept.")] = Path(
         "runs/study"
     ),
@@ -65,7 +67,8 @@ def study(
 
     if threads:
         torch.set_num_threads(threads)
-    base = read_recipe(recipe) if recipe else short_recipe(dataset)
+    base = read_recipe(recipe) if recipe else short_recipe(dataset or "cifar10")
+    dataset = dataset or base.data.name
     base = replace(base, data=replace(base.data, name=dataset))
     if epochs:
         warmup = min(base.schedule.warmup_epochs, epochs / 2)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from numpy.typing import NDArray
 from dimmix.datasets import SPLITS, LabelledImages, open_dataset
 from dimmix.errors import DimmixError
 from dimmix.files import replacing
-from dimmix.images import ImageError, open_image
-from dimmix.preprocess import Preprocess, TooThinError
+from dimmix.images import ImageError
+from dimmix.preprocess import Preprocess, crop_image
 
 from .recipe import Data
 
-ROWS_NAMED = 10
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,13 @@ def load_images(root: Path, data: Data, split: str | None, cache: Path | None = 
 
 
 def _mixed(images: Images) -> Images:
-    """Rows that come class by class, as folders do, in a random order: the last ones are held back to validate on."""
-    if (np.diff(images.labels) < 0).any():
+    """Rows that come class by class, as folders do, in a random order: the last ones are held back to validate on.
+
+    They do where a row is of another class than the one before it less than half as often as by chance.
+    """
+    shares = np.bincount(images.labels) / len(images)
+    changes = np.count_nonzero(np.diff(images.labels))
+    if 2 * changes >= len(images) * (1 - (shares**2).sum()):
         return images
     order = np.random.default_rng(0).permutation(len(images))
     return replace(images, pixels=images.pixels[order], labels=images.labels[order])
@@ -96,24 +103,25 @@ def _decode(dataset: LabelledImages, data: Data) -> tuple[NDArray[np.uint8], NDA
     for row, sample in enumerate(dataset):
         labels.append(sample.label)
         try:
-            pixels.append(preprocess.crop(open_image(sample.image)))
-        except (ImageError, TooThinError) as error:
-            broken.append(row)
-            reasons.append(getattr(error, "reason", str(error)))
+            pixels.append(crop_image(sample.image, preprocess))
+        except ImageError as error:
+            name = f"row {row}"
+            broken.append(name if sample.source == name else f"{name} ({sample.source})")
+            reasons.append(error.reason)
     if broken:
-        raise DimmixError(f"{where}: {len(broken)} images are missing or broken: {_rows(broken)} ({reasons[0]})")
+        raise DimmixError(f"{where}: {len(broken)} images are missing or broken: {_listed(broken)} ({reasons[0]})")
     if not labels:
         raise DimmixError(f"{where}: no images")
     classes = len(dataset.labels) if dataset.labels else 1 + max(label or 0 for label in labels)
     wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < classes]
     if wrong:
-        raise DimmixError(f"{where}: {len(wrong)} labels are not in 0..{classes - 1}: {_rows(wrong)}")
+        raise DimmixError(f"{where}: {len(wrong)} labels are not in 0..{classes - 1}: rows {_listed(wrong)}")
     return np.stack(pixels), np.array(labels, np.int64)
 
 
-def _rows(rows: list[int]) -> str:
-    listed = ", ".join(map(str, rows[:ROWS_NAMED]))
-    return f"rows {listed}" + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
+def _listed(found: Sequence[object]) -> str:
+    named = ", ".join(map(str, found[:MOST_NAMED]))
+    return named + (f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else "")
 
 
 def _key(folder: Path, data: Data, dataset: LabelledImages, cache: Path) -> str:
@@ -125,11 +133,23 @@ def _key(folder: Path, data: Data, dataset: LabelledImages, cache: Path) -> str:
     outside = folder not in runs.parents
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-        if path.is_file() and (outside or runs not in path.parents)
+        for path in _files(folder)
+        if outside or runs not in path.parents
     ]
     facts = [sorted(files), dataset.split, data.label, data.image_size]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _files(top: Path) -> Iterator[Path]:
+    """All files below a folder, also behind symbolic links, as the readers of data sets find them."""
+    seen = set()
+    for folder, inner, names in os.walk(top, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 def _read_cache(stored: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:

@@ -1,7 +1,9 @@
 """What one step changes: the model, its EMA and the optimisers, with the loss and the teacher that drive them."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import timm
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from dimmix.checkpoints import Card, find
 from dimmix.checkpoints.lookup import find_card
 from dimmix.errors import DimmixError
+from dimmix.pretrained import create_model as create_pretrained
 
 from . import teacher as _registers_the_teacher  # noqa: F401
 from .augment import Batches
@@ -32,6 +35,7 @@ class Learner:
         self.recipe, self.device = recipe, processes.device
         torch.manual_seed(recipe.train.seed)
         self.model = self._place(build_model(recipe.model, classes, recipe.path))
+        check_size(self.model, recipe)
         self.ema = ModelEmaV3(self.model, decay=recipe.train.ema_decay, use_warmup=True, warmup_power=EMA_WARMUP_POWER)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.schedulers = build_schedulers(self.optimizers, recipe.schedule, steps_per_epoch)
@@ -145,12 +149,31 @@ def predict(
 
 
 def build_model(model: Model, classes: int, path: object) -> nn.Module:
-    if not str(model.args.get("checkpoint_path", ".safetensors")).endswith(".safetensors"):
-        raise DimmixError(f"{path}: model.args.checkpoint_path must be a .safetensors file", exit_code=2)
+    """The model with its weights, if it is to start from some: they come through `dimmix.checkpoints.find`."""
+    args = dict(model.args)
+    create = create_pretrained if args.pop("pretrained", False) else timm.create_model
     try:
-        return timm.create_model(model.name, num_classes=classes, **model.args)
+        if args.get("checkpoint_path"):
+            args["checkpoint_path"] = str(find(Path(args["checkpoint_path"])))
+        return create(model.name, num_classes=classes, **args)
+    except DimmixError as error:
+        raise DimmixError(f"{path}: model {model.name!r} with args {model.args}: {error}") from None
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        raise DimmixError(f"{path}: cannot make model {model.name!r} with args {model.args}: {error}") from None
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise DimmixError(f"{path}: cannot make model {model.name!r} with args {model.args}: {reason}") from None
+
+
+def check_size(model: nn.Module, recipe: Recipe) -> None:
+    """Raises DimmixError where the model is made for images of another size than the recipe's."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    size = recipe.model.args.get("img_size") or cfg.get("input_size", (0,))[-1]
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if cfg.get("fixed_input_size") and sides != {recipe.data.image_size}:
+        raise DimmixError(
+            f"{recipe.path}: {recipe.model.name} takes images of {size} pixels, and data.image_size is "
+            f"{recipe.data.image_size}; model.args.img_size makes it for others",
+            exit_code=2,
+        )
 
 
 def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
@@ -172,9 +195,17 @@ def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
 def who_know_every_row(recipe: Recipe) -> list[str]:
     """Those whose cards say that they have learnt from the rows which `--split val` holds back."""
     known = {}
-    beside = find(recipe.teacher_weights).with_suffix(".json") if recipe.teacher else None
-    if beside and beside.is_file():
-        known["the teacher"] = Card.read(beside)
-    if start := find_card(recipe.started_from):
-        known["the checkpoint to start from"] = start
-    return [who for who, card in known.items() if card.dataset == recipe.data.name and card.split != "val"]
+    if recipe.teacher:
+        known["the teacher"] = _card_beside(find(recipe.teacher_weights))
+    start = recipe.model.args.get("checkpoint_path")
+    known["the checkpoint to start from"] = _card_beside(Path(start)) if start else find_card(recipe.started_from)
+    return [
+        who
+        for who, card in known.items()
+        if card and card.dataset == recipe.data.name and (card.split != "val" or card.images < recipe.data.held_back)
+    ]
+
+
+def _card_beside(weights: Path) -> Card | None:
+    path = weights.with_suffix(".json")
+    return Card.read(path) if path.is_file() else None

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dimmix.checkpoints import Card
+from dimmix.checkpoints import Card, find
+from dimmix.checkpoints.header import file_sha256
 from dimmix.errors import DimmixError, Interrupted
+from dimmix.files import alone_in
 
 from .augment import Batches
 from .data import Images, load_images
@@ -71,7 +73,7 @@ def train(recipe: Recipe, options: Options) -> Card | None:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    with join_processes(options.device) as processes:
+    with join_processes(options.device) as processes, alone_in(options.folder, first=not processes.rank):
         run = Run(recipe, options, processes)
         with run.reporter:
             finished = run.train()
@@ -104,6 +106,7 @@ class Run:
         self.batches = Batches(training, recipe.augment, data.mean, data.std, processes.device)
         self.held_out = Batches(held_out, recipe.augment, data.mean, data.std, processes.device)
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
+        self.teacher_digest = file_sha256(find(recipe.teacher_weights)) if recipe.teacher else ""
         self.lessons = self._lessons(training)
         self.commit = commit_of(recipe.path.parent)
         self.stopped_by = 0  # the number of the signal that did
@@ -265,6 +268,7 @@ class Run:
                 "split": self.options.split,
                 "commit": self.commit,
                 "data": self.digest,
+                "teacher": self.teacher_digest,
                 "position": vars(self.position),
             }
             write_state(self.options.folder / STATE, self._tensors(), facts)
@@ -291,6 +295,10 @@ class Run:
         if facts.get("data", self.digest) != self.digest:
             raise DimmixError(
                 f"{path} is of other training images; put those back, choose another --name, or --restart"
+            )
+        if facts.get("teacher", self.teacher_digest) != self.teacher_digest:
+            raise DimmixError(
+                f"{path} is of another teacher's weights; put those back, choose another --name, or --restart"
             )
         self.learner.load_tensors(tensors)
         self.commit = facts.get("commit", self.commit)  # what the run began with
@@ -320,8 +328,8 @@ def _what_counts(recipe: Recipe, split: str) -> dict[str, Any]:
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in wanted:
-        old, new = saved.get(key), wanted[key]
+    for key in saved | wanted:
+        old, new = saved.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
@@ -331,14 +339,20 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C fills, so that the loop stops after a whole step; a second Ctrl-C interrupts."""
+    """A list that Ctrl-C, SIGTERM or a closed terminal fills, so that the loop stops after a whole step.
+
+    A second one of a kind interrupts.
+    """
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)
+    }
     for number in previous:
         signal.signal(number, note)
     try:

@@ -56,7 +56,10 @@ def matrices_of(weight: Tensor, blocks: int) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Optimizer]:
-    """The recipe's optimiser; for Muon two of them, the second one AdamW for all that is not a hidden matrix."""
+    """The recipe's optimiser; for Muon two of them, the second one AdamW for all that is not a hidden matrix.
+
+    One alone where the model has no hidden matrix.
+    """
     groups = parameter_groups(model, recipe)
     beta1, beta2 = recipe.betas
     if recipe.name == "sgd":
@@ -66,10 +69,10 @@ def build_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Op
         return [torch.optim.AdamW(groups, lr=recipe.lr, betas=(beta1, beta2), fused=True)]
     hidden = [group for group in groups if group["blocks"]]
     others = [group for group in groups if not group["blocks"]]
-    return [
-        Muon(hidden, recipe.lr, recipe.momentum),
-        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(beta1, beta2), fused=True),
-    ]
+    optimizers: list[torch.optim.Optimizer] = [Muon(hidden, recipe.lr, recipe.momentum)] if hidden else []
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(beta1, beta2), fused=True))
+    return optimizers
 
 
 def parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]]:

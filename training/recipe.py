@@ -201,6 +201,10 @@ def parse_recipe(tables: dict[str, Any], path: Path) -> Recipe:
         table, name = key.split(".")
         if len(getattr(getattr(recipe, table), name)) != count:
             raise DimmixError(f"{path}: {key} must have {count} numbers", exit_code=2)
+    if Path(recipe.data.name).name != recipe.data.name:
+        raise DimmixError(
+            f"{path}: data.name = {recipe.data.name!r} must be the name of a folder in --data, and no path", exit_code=2
+        )
     if max(recipe.schedule.warmup_epochs, recipe.augment.plain_epochs) > recipe.schedule.epochs:
         raise DimmixError(
             f"{path}: schedule.warmup_epochs and augment.plain_epochs must be at most schedule.epochs, "

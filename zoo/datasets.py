@@ -73,6 +73,8 @@ def open_dataset(
         found = sorted({_split_of(shard) for shard in shards})
         chosen = _choose_split(data, split, found)
         shards = [shard for shard in shards if _split_of(shard) == chosen]
+        if len(sets := sorted({_set_of(shard) for shard in shards})) > 1:
+            raise DimmixError(f"{data}: {len(sets)} data sets lie in it; name one of {', '.join(map(str, sets))}")
         return _from_parquet(data, shards, chosen, image_column, label_column)
     if image_column or label_column:
         raise DimmixError(f"{data}: folders have no columns; leave --image-column and --label-column out", exit_code=2)
@@ -199,6 +201,10 @@ def _check_alike(column: str, shards: list[Path], schemas: list[Any]) -> None:
         if index < 0 or schema.field(index).type != expected:
             has = f"{column!r} as {schema.field(index).type}" if index >= 0 else f"no column {column!r}"
             raise DimmixError(f"{shard}: has {has}, where {shards[0].name} has it as {expected}")
+        if _declared_features(schema).get(column) != _declared_features(schemas[0]).get(column):
+            raise DimmixError(
+                f"{shard}: declares {column!r} otherwise than {shards[0].name}, with other classes perhaps"
+            )
 
 
 def _values(shard: Path, column: str) -> list[Any]:
@@ -255,6 +261,11 @@ def _split_of(shard: Path) -> str:
     named = shard.stem.split("-")[0]
     splits = ("train", *SPLITS)
     return shard.parent.name if named not in splits and shard.parent.name in splits else named
+
+
+def _set_of(shard: Path) -> Path:
+    """The folder of the data set that a Parquet file is of: its own, or where that is named after a split the next."""
+    return shard.parent.parent if shard.parent.name in ("train", *SPLITS) else shard.parent
 
 
 def _declared_features(schema: Any) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from pathlib import Path
 
 from .errors import DimmixError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
@@ -67,6 +72,31 @@ def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> 
     finally:
         if os.path.exists(name):
             os.unlink(name)
+
+
+@contextmanager
+def alone_in(folder: Path, *, first: bool = True) -> Iterator[None]:
+    """Makes the folder, if it is not there, and keeps it for this process, where the system has locks.
+
+    With `first` false, for the other processes of a run, nothing is locked.
+
+    Raises:
+        DimmixError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or not first:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DimmixError(
+                f"{folder}: another run is at work in it; wait for it, or choose another --name"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def refuse_same(outputs: dict[str, Path | None], inputs: Iterable[str | Path | None]) -> None:

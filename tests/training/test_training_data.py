@@ -72,7 +72,7 @@ def test_broken_and_missing_images_are_named_by_row(toy: Path) -> None:
     images: list[bytes | None] = [encode(image) for image in pixels]
     images[2], images[5], images[9] = None, b"no image", encode(pixels[9])[:60]
     write_shard(toy / "toy" / "train-00000-of-2.parquet", images, labels)
-    with pytest.raises(DimmixError, match="split train: 3 images are missing or broken: rows 2, 5, 9"):
+    with pytest.raises(DimmixError, match="split train: 3 images are missing or broken: row 2, row 5, row 9 "):
         load_images(toy, TOY, "train")
 
 
