@@ -151,6 +151,8 @@ def predict(
 def build_model(model: Model, classes: int, path: object) -> nn.Module:
     """The model with its weights, if it is to start from some: they come through `dimmix.checkpoints.find`."""
     args = dict(model.args)
+    if not str(args.get("checkpoint_path", ".safetensors")).endswith(".safetensors"):
+        raise DimmixError(f"{path}: model.args.checkpoint_path must be a .safetensors file", exit_code=2)
     create = create_pretrained if args.pop("pretrained", False) else timm.create_model
     try:
         if args.get("checkpoint_path"):

@@ -68,7 +68,7 @@ def place(tmp_path, monkeypatch, class_folders, tiny, hub, token):
         Path("recipes", teacher.name).symlink_to(teacher)
     Path("runs/mine").mkdir(parents=True)
     shutil.copy(tiny.checkpoint, "runs/mine")
-    shutil.copy(tiny.checkpoint.with_suffix(".json"), "runs/mine/mine.json")
+    shutil.copy(tiny.checkpoint.with_suffix(".json"), "runs/mine/butterfly_resnet_fast_32.photos.json")
     monkeypatch.setattr("dimmix.training.study.densify", lambda model: None)  # it takes two gigabytes
     monkeypatch.setattr("dimmix.training.study.STEPS_TIMED", 1)
     hub.publish("timm/resnet18.a1_in1k", {"config.json": b"{}", "model.safetensors": tiny.checkpoint.read_bytes()})

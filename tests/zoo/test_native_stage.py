@@ -127,7 +127,7 @@ def _altered():
         stage[1].conv2.bn.train()
 
     def dropping(stage):
-        stage[0].drop_path.train()
+        stage[1].drop_path.train()
 
     return [
         hooked_convolution,

@@ -39,6 +39,16 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 @torch.jit.unused
+def all_are_hooked() -> bool:
+    """Whether something waits for calls of any module, but for torch's tracker, which notes names alone."""
+    if torch.compiler.is_compiling() or not torch.nn.modules.module._has_any_global_hook():
+        return False
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    hooks = [hook for kind in kinds for hook in getattr(torch.nn.modules.module, f"_global_{kind}_hooks").values()]
+    return any(getattr(hook, "__module__", "") != "torch.utils.module_tracker" for hook in hooks)
+
+
+@torch.jit.unused
 def part(module: nn.Module, name: str) -> Any:
     """A submodule by its name, several times as fast as an attribute of a module is found."""
     return module._modules[name]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import infers_on_cpu, is_hooked, parameter
+from .eager import all_are_hooked, infers_on_cpu, is_hooked, parameter
 
 _native: Any = None
 with suppress(ImportError):  # no compiler, or another system
@@ -92,18 +92,17 @@ _PLAIN = (Tensor, nn.Parameter)
 @torch.jit.unused
 def takes(x: Tensor) -> bool:
     """Whether the kernels may take x: inference in plain float32 on a CPU that they know."""
-    if not INSTRUCTIONS or _off or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu") or _is_transformed():
+    if not INSTRUCTIONS or _off or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    if _is_transformed() or all_are_hooked():
         return False
     return type(x) in _PLAIN and x.dtype == torch.float32 and x.numel() > 0
 
 
 def _is_transformed() -> bool:
-    """Whether hooks wait for all modules, or torch.func or forward-mode differentiation goes along, which `no_grad`
-    does not switch off."""
+    """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
     if torch.compiler.is_compiling():
         return False
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -133,15 +132,6 @@ def fits(step: Step) -> bool:
     return bias2 is None or (is_plain(bias2) and bias2.numel() == blocks * outer)
 
 
-def features_after(steps: Sequence[Step], features: int) -> int:
-    """How many features steps in a row make of so many. Raises ValueError where one of them takes another number."""
-    for groups, stride, inner, outer, *_ in steps:
-        if features != groups * stride * inner:
-            raise ValueError(f"{groups * stride * inner} features expected, the input has {features}")
-        features = groups * stride * outer
-    return features
-
-
 def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
     """Whether the kernels may read a weight; with `strided` its strides are the caller's to look at."""
     if weight is None:
@@ -164,9 +154,11 @@ def mix(x: Tensor, steps: Sequence[Step], features_last: bool) -> Tensor:
     """(in_features, rows) of any strides -> (out_features, rows), or with `features_last` (rows, out_features).
 
     Raises:
-        ValueError: `x`, or what a step gives, has another number of features than the next step takes.
+        ValueError: `x` has another number of features than the first step.
     """
-    features_after(steps, x.shape[0])
+    features = steps[0].groups * steps[0].stride * steps[0].inner
+    if x.shape[0] != features:
+        raise ValueError(f"{features} features expected, the input has {x.shape[0]}")
     return _mix_operator(x, *lists_of(steps), features_last)
 
 

@@ -103,7 +103,7 @@ def run(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     """Tokens (B, N, C), or images (B, C, H, W) for branches of patches -> the same shape, contiguous.
 
     Raises:
-        ValueError: a branch is of other features or tokens than x, or of patches where x is of tokens.
+        ValueError: a branch is of other features than x, or of patches where x is of tokens.
     """
     kinds: list[int] = []
     weights: list[Tensor | None] = []
@@ -118,13 +118,6 @@ def run(x: Tensor, branches: Sequence[Branch]) -> Tensor:
         features = x.shape[1] * numbers[0] ** 2 if of_patches else x.shape[-1]
         if gamma is not None and len(gamma) != features:
             raise ValueError(f"{len(gamma)} features expected, the input has {features}")
-        if kind == ATTENTION:
-            to_all, back = steps
-            if native.features_after([to_all], features) != 3 * features:
-                raise ValueError(f"{3 * features} queries, keys and values expected, the map gives {to_all.outer}")
-            native.features_after([back], features)
-        elif steps:
-            native.features_after(steps, {TOKENS: x.shape[1], ACROSS: numbers[2]}.get(kind, features))
         of_steps, numbers_of_steps = native.lists_of(steps)
         weights += of_steps
         shapes += numbers_of_steps

@@ -154,11 +154,11 @@ def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     """(B, C, H, W) -> (B, C', H', W'), channels_last.
 
     Raises:
-        ValueError: `x`, or what a convolution gives, has another number of channels than the next one takes.
+        ValueError: `x` has another number of channels than the first block takes.
     """
-    channels = x.shape[1]
-    for block in blocks:
-        channels = _channels_through(block, channels)
+    _, width, groups, _ = blocks[0].first.shape
+    if x.shape[1] != width * groups:
+        raise ValueError(f"{width * groups} channels expected, the input has {x.shape[1]}")
     shapes: list[int] = []
     tensors: list[Tensor | None] = []
     epsilons: list[float] = []
@@ -169,24 +169,6 @@ def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
             tensors += parts
             epsilons.append(epsilon)
     return _stage_operator(x, tensors, shapes, epsilons)
-
-
-def _channels_through(block: Block, channels: int) -> int:
-    """How many channels a block makes of so many."""
-    made = _channels_of(block.first, channels)
-    if block.second is not NOTHING:
-        made = _channels_of(block.second, made)
-        added = channels if block.shortcut is NOTHING else _channels_of(block.shortcut, channels)
-        if added != made:
-            raise ValueError(f"{made} channels expected of the shortcut, it has {added}")
-    return made
-
-
-def _channels_of(convolution: Convolution, channels: int) -> int:
-    out, width, groups, _ = convolution.shape
-    if channels != width * groups:
-        raise ValueError(f"{width * groups} channels expected, the input has {channels}")
-    return out
 
 
 _NUMBERS = 19  # of a block
