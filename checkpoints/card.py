@@ -112,6 +112,12 @@ class Card:
         write_atomically(path, self.to_json().encode())
 
     @classmethod
+    def beside(cls, weights: Path) -> Self | None:
+        """The card beside a file of weights, `NAME.json`, if there is one. Raises CheckpointError as `read` does."""
+        path = weights.with_suffix(".json")
+        return cls.read(path) if path.is_file() else None
+
+    @classmethod
     def read(cls, path: Path) -> Self:
         """The card in `path`.
 

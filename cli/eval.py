@@ -64,7 +64,9 @@ def evaluate(
     from dimmix.evaluation import evaluate as measure
 
     if report is not None:
-        _make_folder(report)
+        from dimmix.report import make_folder, write_report
+
+        make_folder(report)
     shards = Path(data).glob("**/*.parquet") if Path(data).is_dir() else ()
     page = report and report / "report.html"
     outputs = {"--output": run.output, "--predictions": predictions, "--report": page}
@@ -91,8 +93,6 @@ def evaluate(
         sink.title = f"{result.model} on {result.data}"
         sink.write(result.record() | (_class_rows(result) if sink.format is Format.table else {}))
     if report is not None:
-        from dimmix.report import write_report
-
         note(f"wrote {write_report(result, report)}", run.quiet)
     if check:
         _check(result, classifier)
@@ -120,13 +120,6 @@ def _class_rows(result: "Evaluation") -> dict[str, float]:
         row = f"accuracy of {name}"
         rows[row if row not in rows else f"{row} ({len(rows) + 1})"] = accuracy
     return rows
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DimmixError(f"--report {path}: {error.strerror}", exit_code=2) from error
 
 
 def _answer_writer(stack: ExitStack, path: Path | None, classifier: "Classifier") -> "Callable[[Answer], None]":

@@ -198,16 +198,11 @@ def who_know_every_row(recipe: Recipe) -> list[str]:
     """Those whose cards say that they have learnt from the rows which `--split val` holds back."""
     known = {}
     if recipe.teacher:
-        known["the teacher"] = _card_beside(find(recipe.teacher_weights))
+        known["the teacher"] = Card.beside(find(recipe.teacher_weights))
     start = recipe.model.args.get("checkpoint_path")
-    known["the checkpoint to start from"] = _card_beside(Path(start)) if start else find_card(recipe.started_from)
+    known["the checkpoint to start from"] = Card.beside(Path(start)) if start else find_card(recipe.started_from)
     return [
         who
         for who, card in known.items()
         if card and card.dataset == recipe.data.name and (card.split != "val" or card.images < recipe.data.held_back)
     ]
-
-
-def _card_beside(weights: Path) -> Card | None:
-    path = weights.with_suffix(".json")
-    return Card.read(path) if path.is_file() else None

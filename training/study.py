@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from dimmix.checkpoints.card import write_atomically
 from dimmix.errors import DimmixError
+from dimmix.files import write_atomically
 from dimmix.layers import SparseLinear
 from dimmix.profile import count_macs
 from dimmix.wide import MaskedOperator, WideOperator, effective_mlp

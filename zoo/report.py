@@ -50,13 +50,18 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
         confusion=_figure(evaluation, _draw_confusion, (8, 7)),
         mistakes="".join(_mistake(evaluation, answer) for answer in evaluation.mistakes) or "<p>There are none.</p>",
     )
+    make_folder(folder)
+    with replacing(folder / "report.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def make_folder(folder: Path) -> None:
+    """The report's folder, if it is not there. Raises DimmixError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DimmixError(f"--report {folder}: {error.strerror}", exit_code=2) from error
-    with replacing(folder / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
-    return folder / "report.html"
 
 
 def _figure(evaluation: Evaluation, draw: Callable[[Evaluation, Any], None], size: tuple[float, float]) -> str:

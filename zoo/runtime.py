@@ -317,9 +317,7 @@ def _about_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from .checkpoints import Card
     from .checkpoints.header import verify
 
-    card_path = path.with_suffix(".json")
-    if card_path.is_file():
-        card = Card.read(card_path)
+    if card := Card.beside(path):
         verify(path, sha256=card.sha256)
         return card.pretrained_cfg(), asdict(card)
     with safetensors.safe_open(path, "np") as file:
