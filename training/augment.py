@@ -74,7 +74,7 @@ class Batches:
 
 
 def _pad(pixels: Tensor, crop: int, fill: str) -> Tensor:
-    """(N, H + 2 crop, W + 2 crop, 3), by slices because the full set as float would not be small."""
+    """(N, H + 2 crop, W + 2 crop, 3); reflected by gathers, since the full set as float would not be small."""
     if not crop:
         return pixels.contiguous()
     h, w = pixels.shape[1:3]

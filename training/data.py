@@ -40,7 +40,9 @@ class Images:
     @property
     def digest(self) -> str:
         """Hexadecimal digits that change with any pixel or label."""
-        return hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels))  # as they lie: a copy would double the memory
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()
 
     def relabelled(self, names: tuple[str, ...]) -> "Images":
         """The same with labels that count in `names`: a held-out folder may lack classes that were learnt.
@@ -112,8 +114,8 @@ def _decode(dataset: LabelledImages, data: Data) -> tuple[NDArray[np.uint8], NDA
         raise DimmixError(f"{where}: {len(broken)} images are missing or broken: {_listed(broken)} ({reasons[0]})")
     if not labels:
         raise DimmixError(f"{where}: no images")
-    classes = len(dataset.labels) if dataset.labels else 1 + max(label or 0 for label in labels)
-    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < classes]
+    classes = len(dataset.labels) if dataset.labels else 1 + max(labels)
+    wrong = [row for row, label in enumerate(labels) if not 0 <= label < classes]
     if wrong:
         raise DimmixError(f"{where}: {len(wrong)} labels are not in 0..{classes - 1}: rows {_listed(wrong)}")
     return np.stack(pixels), np.array(labels, np.int64)
@@ -141,7 +143,10 @@ def _key(folder: Path, data: Data, dataset: LabelledImages, cache: Path) -> str:
 
 
 def _files(top: Path) -> Iterator[Path]:
-    """All files below a folder, also behind symbolic links, as the readers of data sets find them."""
+    """All files below a folder, also behind symbolic links, as the readers of data sets find them; or the file."""
+    if top.is_file():
+        yield top
+        return
     seen = set()
     for folder, inner, names in os.walk(top, followlinks=True):
         status = os.stat(folder)

@@ -1,7 +1,7 @@
 """What one step changes: the model, its EMA and the optimisers, with the loss and the teacher that drive them."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -192,6 +192,16 @@ def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
     except RuntimeError as error:
         raise DimmixError(f"{path}: not weights of the teacher {teacher.name}: {str(error).splitlines()[1]}") from None
     return model.eval().requires_grad_(False)
+
+
+def check_teacher(recipe: Recipe, names: Sequence[str]) -> None:
+    """Raises DimmixError where the teacher's card says that its logits are of other classes, or in another order."""
+    card = Card.beside(find(recipe.teacher_weights)) if recipe.teacher else None
+    numbers = all(name.isdecimal() for name in names)  # of a data set whose classes have no names
+    if card and not numbers and tuple(card.labels) != tuple(names):
+        others = (f"{a!r}, not {b!r}" for a, b in zip(card.labels, names, strict=False) if a != b)
+        what = next(others, f"{len(card.labels)}, not {len(names)}")
+        raise DimmixError(f"{recipe.path}: teacher.weights know other classes than the images: {what}", exit_code=2)
 
 
 def who_know_every_row(recipe: Recipe) -> list[str]:

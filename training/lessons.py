@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dimmix.checkpoints import find
 from dimmix.files import replacing
 
 from .data import Images
@@ -61,11 +60,13 @@ def _read(path: Path, steps: int) -> np.ndarray | None:
     return kept if len(kept) == steps else None
 
 
-def lessons_folder(cache: Path, recipe: Recipe, training: Images, processes: Processes) -> Path:
-    """A folder in `cache` that runs share if their teacher sees the same batches, whatever they train."""
+def lessons_folder(cache: Path, recipe: Recipe, weights: str, training: Images, processes: Processes) -> Path:
+    """A folder in `cache` that runs share if their teacher sees the same batches, whatever they train.
+
+    `weights` is the digest of the teacher's.
+    """
     assert recipe.teacher
-    weights = hashlib.sha256(find(recipe.teacher_weights).read_bytes()).hexdigest()
-    pixels = hashlib.sha256(training.pixels.tobytes()).hexdigest()
+    pixels = hashlib.sha256(np.ascontiguousarray(training.pixels)).hexdigest()
     facts = {
         "teacher": [recipe.teacher.name, recipe.teacher.args, weights, recipe.train.precision],
         "batches": [pixels, asdict(recipe.data), asdict(recipe.augment), recipe.train.seed, recipe.train.batch_size],

@@ -19,7 +19,7 @@ from dimmix.files import alone_in
 
 from .augment import Batches
 from .data import Images, load_images
-from .learner import Learner, predict, who_know_every_row
+from .learner import Learner, check_teacher, predict, who_know_every_row
 from .lessons import Lessons, lessons_folder
 from .processes import Processes, join_processes
 from .recipe import Recipe, parse_recipe
@@ -106,6 +106,7 @@ class Run:
         self.batches = Batches(training, recipe.augment, data.mean, data.std, processes.device)
         self.held_out = Batches(held_out, recipe.augment, data.mean, data.std, processes.device)
         self.learner = Learner(recipe, len(training.names), self.steps_per_epoch, processes)
+        check_teacher(recipe, training.names)
         self.teacher_digest = file_sha256(find(recipe.teacher_weights)) if recipe.teacher else ""
         self.lessons = self._lessons(training)
         self.commit = commit_of(recipe.path.parent)
@@ -252,7 +253,7 @@ class Run:
         if not recipe.teacher:
             return None
         cache = self.options.cache if recipe.teacher.views else None
-        folder = lessons_folder(cache, recipe, training, self.processes) if cache else None
+        folder = lessons_folder(cache, recipe, self.teacher_digest, training, self.processes) if cache else None
         return Lessons(self.learner.teach, self.steps_per_epoch, folder)
 
     def _seed(self, step: int) -> None:

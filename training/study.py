@@ -274,13 +274,20 @@ def _largest_norm(model: WideMixer) -> float:
 class _Store:
     """Records on disk, each with what was asked for."""
 
+    BEGINNING = '{"asked": '
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self.entries = [json.loads(line) for line in lines]
-            self.found = {json.dumps(entry["asked"], sort_keys=True): entry["records"] for entry in self.entries}
-            self._write()  # so that a folder that cannot be written to is known before the training
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append("")  # so that a folder that cannot be written to is known before the training
+            whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+            entries = [json.loads(line) for line in whole.splitlines()]
+            if not torn.startswith(self.BEGINNING[: len(torn)]):
+                raise ValueError(f"{torn[:20]!r} is of another file")
+            if torn:  # by a stop in the middle of a line
+                write_atomically(path, f"{whole}\n".encode() if whole else b"")
+            self.found = {json.dumps(entry["asked"], sort_keys=True): entry["records"] for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DimmixError(
                 f"{path}: cannot keep a study's results ({error}); name another folder with --out"
@@ -290,12 +297,13 @@ class _Store:
         return self.found.get(json.dumps(asked, sort_keys=True), [])
 
     def put(self, asked: Record, records: list[Record]) -> list[Record]:
-        self.entries.append({"asked": asked, "records": records})
-        self._write()
+        self._append(f"{json.dumps({'asked': asked, 'records': records})}\n")
         return records
 
-    def _write(self) -> None:
-        write_atomically(self.path, "".join(f"{json.dumps(entry)}\n" for entry in self.entries).encode())
+    def _append(self, line: str) -> None:
+        """To what is there by then: studies may run side by side."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def _costs() -> Iterator[Record]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dimmix.errors import DimmixError
 from dimmix.files import replacing
+from dimmix.report import new_figure
 
 Record = dict[str, Any]
 MARKERS = {"MLP-Mixer": "o", "RP-Mixer": "s", "SW-MLP": "^"}
@@ -17,17 +17,13 @@ def plot_study(kind: str, records: list[Record], path: Path) -> None:
     Raises:
         DimmixError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DimmixError("drawing a study needs matplotlib: pip install 'dimmix[train]'") from None
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    figure = new_figure((5.6, 3.8), "drawing a study", "train")
     axes = figure.subplots()
     {"width": _width, "depth": _depth, "similarity": _similarity, "spectrum": _spectrum}[kind](axes, records)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as file:
-        figure.savefig(file, dpi=120)
+        figure.savefig(file)
 
 
 def _width(axes: Any, records: list[Record]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from .images import ImageError, find_images
 
 SPLITS = ("test", "validation", "valid", "val", "dev")
 """The splits that are held out, the one to evaluate on first."""
+
+ALL_SPLITS = ("train", *SPLITS)
 
 
 class Sample(NamedTuple):
@@ -65,7 +68,7 @@ def open_dataset(
         if path.suffix != ".parquet":
             raise DimmixError(f"{data}: neither a folder, a .parquet file nor a CIFAR archive")
         named = _split_of(path)
-        if named not in ("train", *SPLITS):
+        if named not in ALL_SPLITS:
             named = split or "all"
         split = _choose_split(data, split, [named])
         return _from_parquet(data, [path], split, image_column, label_column)
@@ -138,11 +141,11 @@ def _choose_split(data: str, split: str | None, found: list[str]) -> str:
 
 def _from_folders(root: Path, split: str | None) -> LabelledImages:
     # A split holds class folders; a class may be called `test` and holds images.
-    splits = [name for name in ("train", *SPLITS) if any(path.is_dir() for path in (root / name).glob("*"))]
+    splits = [name for name in ALL_SPLITS if _class_folders(root / name)]
     if splits or split:
         split = _choose_split(str(root), split, splits)
     folder = root / (split or "")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = _class_folders(folder)
     if not classes:
         raise DimmixError(f"{folder}: no class folders, parquet files or CIFAR archive in it")
 
@@ -152,6 +155,11 @@ def _from_folders(root: Path, split: str | None) -> LabelledImages:
                 yield Sample(image, label, image.source if isinstance(image, ImageError) else image)
 
     return LabelledImages(str(root), split or "all", tuple(classes), None, samples)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Those in a folder, by name; hidden ones, as notebooks leave them, are no classes."""
+    return sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def _from_parquet(
@@ -257,15 +265,14 @@ def _choose_columns(
 
 
 def _split_of(shard: Path) -> str:
-    """The split that a Parquet file is of, by its name (train-00000-of-00002) or else its folder's (train/0000)."""
-    named = shard.stem.split("-")[0]
-    splits = ("train", *SPLITS)
-    return shard.parent.name if named not in splits and shard.parent.name in splits else named
+    """The split that a Parquet file is of, by its name (train-0-of-2, photos_test) or its folder's (train/0000)."""
+    words = re.split(r"[-_.]", shard.stem)
+    return next((word for word in (*words, shard.parent.name) if word in ALL_SPLITS), shard.stem.split("-")[0])
 
 
 def _set_of(shard: Path) -> Path:
     """The folder of the data set that a Parquet file is of: its own, or where that is named after a split the next."""
-    return shard.parent.parent if shard.parent.name in ("train", *SPLITS) else shard.parent
+    return shard.parent.parent if shard.parent.name in ALL_SPLITS else shard.parent
 
 
 def _declared_features(schema: Any) -> dict[str, Any]:

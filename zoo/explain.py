@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .classifier import Classifier, Prediction, softmax
 from .errors import DimmixError
 from .files import replacing
+from .report import new_figure
 from .trunk import Trunk
 
 
@@ -103,16 +104,11 @@ def draw(explanation: Explanation, path: Path) -> None:
     Raises:
         DimmixError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DimmixError("the picture needs matplotlib: pip install 'dimmix[eval]'") from None
-
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
         raise DimmixError(f"{path}: the picture is a .png, .jpg, .webp, .pdf or .svg file", exit_code=2)
     columns = 6
     panels = 2 + len(explanation.layers)
-    figure = Figure((2.1 * columns, 2.3 * -(-panels // columns)), dpi=120, layout="constrained")
+    figure = new_figure((2.1 * columns, 2.3 * -(-panels // columns)), "the picture", "eval")
     grid = figure.subplots(-(-panels // columns), columns, squeeze=False).flat
     for axes in grid:
         axes.axis("off")

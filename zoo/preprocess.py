@@ -82,7 +82,7 @@ class Preprocess:
         elif self.crop_mode == "border" or target_height != target_width:
             fit = max if self.crop_mode == "border" else min
             ratio = fit(height / target_height, width / target_width)
-            size = (round(width / ratio), round(height / ratio))
+            size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
         else:
             short = min(width, height)
             size = (int(target_width * width / short), int(target_width * height / short))

@@ -17,6 +17,7 @@ from .images import open_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -64,13 +65,17 @@ def make_folder(folder: Path) -> None:
         raise DimmixError(f"--report {folder}: {error.strerror}", exit_code=2) from error
 
 
-def _figure(evaluation: Evaluation, draw: Callable[[Evaluation, Any], None], size: tuple[float, float]) -> str:
+def new_figure(size: tuple[float, float], what: str, extra: str) -> "Figure":
+    """An empty figure of so many inches. Raises DimmixError without matplotlib, naming the `extra` that brings it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DimmixError("the report needs matplotlib: pip install 'dimmix[eval]'") from None
+        raise DimmixError(f"{what} needs matplotlib: pip install 'dimmix[{extra}]'") from None
+    return Figure(size, dpi=120, layout="constrained")
 
-    figure = Figure(size, dpi=120, layout="constrained")
+
+def _figure(evaluation: Evaluation, draw: Callable[[Evaluation, Any], None], size: tuple[float, float]) -> str:
+    figure = new_figure(size, "the report", "eval")
     draw(evaluation, figure.add_subplot())
     file = io.BytesIO()
     figure.savefig(file, format="png")

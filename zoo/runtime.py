@@ -166,7 +166,10 @@ def resolve_device(device: str) -> "torch.device":
     if not there.get(device.split(":")[0], False):
         there_now = ", ".join(kind for kind, yes in there.items() if yes)
         raise DimmixError(f"--device {device}: not on this machine, which has {there_now}", exit_code=2)
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise DimmixError(f"--device {device}: {first_line(error)}", exit_code=2) from None
 
 
 def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[torch.nn.Module, Spec]":

@@ -66,6 +66,18 @@ def test_an_interrupted_study_goes_on_and_other_settings_are_measured_anew(make_
     assert len((tmp_path / "depth.jsonl").read_text().splitlines()) == 3
 
 
+def test_studies_side_by_side_keep_what_both_found_and_a_torn_line_is_left(tmp_path):
+    path = tmp_path / "width.jsonl"
+    first, second = module._Store(path), module._Store(path)
+    first.put({"n": 1}, [{"error": 1.0}])
+    second.put({"n": 2}, [{"error": 2.0}])
+    whole = path.read_text()
+    path.write_text(f'{whole}{{"asked"')
+    third = module._Store(path)
+    assert [third.get({"n": n}) for n in (1, 2)] == [[{"error": 1.0}], [{"error": 2.0}]]
+    assert path.read_text() == whole
+
+
 def test_mixer_and_sparse_mlp_of_a_study_have_equal_connections(make_study):
     mixer, sparse, *_ = run_study(make_study("depth", 1000))
     assert mixer["connections"] == sparse["connections"] == 1000

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,21 @@ def test_the_cache_is_left_when_the_data_change(toy: Path, tmp_path: Path) -> No
     pixels, labels = toy_pixels(12, 9)
     write_shard(toy / "toy" / "test-00000-of-2.parquet", [encode(image) for image in pixels], labels)
     assert np.array_equal(load_images(toy, TOY, "test", tmp_path / "cache").pixels, pixels)
+
+
+def test_the_cache_is_left_when_a_file_that_is_all_the_data_changes(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    for count in (6, 8):
+        pixels, labels = toy_pixels(count, count)
+        write_shard(file, [encode(image) for image in pixels], labels)
+        assert len(load_images(file, TOY, "train", tmp_path / "cache")) == count
+
+
+def test_the_digest_is_of_pixels_then_labels() -> None:
+    pixels, labels = toy_pixels(4, 0)
+    images = Images(pixels, np.array(labels), ("a", "b", "c"))
+    expected = hashlib.sha256(pixels[:2].tobytes() + np.array(labels)[:2].tobytes()).hexdigest()
+    assert images[:2].digest == expected != images.digest
 
 
 def test_runs_inside_the_data_are_no_part_of_them(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,20 @@ def test_another_teacher_of_the_same_name_is_a_change(train_toy: Train, tmp_path
         train_toy(*taught, name="student")
 
 
+def test_a_teacher_of_classes_in_another_order_is_refused(train_toy: Train, tmp_path: Path) -> None:
+    card = train_toy(name="teacher")
+    weights = tmp_path / "runs" / "teacher" / card.file
+    args = "teacher.args={depths = [1, 1, 1], width = 8, radix = [4, 4, 4], first_radix = [4, 4, 4]}"
+    taught = ("teacher.name=butterfly_resnet_nano_32", f"teacher.weights={weights}", args)
+    assert train_toy(*taught, name="student") is not None
+    beside = weights.with_suffix(".json")
+    facts = json.loads(beside.read_text())
+    facts["labels"] = [*facts["labels"][:1], *facts["labels"][:0:-1]]
+    beside.write_text(json.dumps(facts))
+    with pytest.raises(DimmixError, match="know other classes than the images: 'red', not 'light'"):
+        train_toy(*taught, name="another")
+
+
 def test_validation_says_when_the_start_has_learnt_the_rows_held_back(
     train_toy: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,6 +262,26 @@ def test_shards_in_a_folder_for_each_split_are_of_that_split(tmp_path):
     assert [(dataset.split, dataset.length) for dataset in datasets] == [("test", 3), ("train", 6)]
 
 
+@pytest.mark.parametrize("names", [("cifar10-train", "cifar10-test"), ("train_0", "test_0"), ("a.train.0", "a.test.0")])
+def test_the_split_may_stand_anywhere_in_a_files_name(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.parquet").write_bytes(CIFAR10.read_bytes())
+    datasets = [open_dataset(str(tmp_path)), open_dataset(str(tmp_path), split="train")]
+    assert [(dataset.split, dataset.length) for dataset in datasets] == [("test", 60), ("train", 60)]
+
+
+def test_hidden_folders_are_no_classes(tmp_path, class_folders):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    (tmp_path / "train" / ".cache").mkdir()
+    for folder in class_folders.iterdir():
+        (tmp_path / "test" / folder.name).symlink_to(folder)
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    assert open_dataset(str(tmp_path)).labels == open_dataset(str(class_folders)).labels
+    with pytest.raises(DimmixError, match=r"no split 'train' among test;"):
+        open_dataset(str(tmp_path), split="train")
+
+
 def test_integers_are_classes_before_texts_are(tmp_path):
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"image": [b"x"] * 2, "filename": ["0.png", "1.png"], "target": [1, 0]})

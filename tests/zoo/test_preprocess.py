@@ -36,6 +36,13 @@ def test_equals_timms_transform(size, changes):
     assert np.abs(found - expected).max() <= 1e-6
 
 
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)])
+def test_a_thin_image_within_a_border_keeps_a_pixel(size):
+    crop = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3, crop_mode="border").crop(Image.new("RGB", size, "red"))
+    assert crop.shape == (32, 32, 3)
+    assert (crop == (255, 0, 0)).all(-1).sum() == 32
+
+
 def test_an_image_too_thin_to_resize_is_refused():
     preprocess = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(TooThinError, match="200000x1 pixels"):

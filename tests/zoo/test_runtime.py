@@ -8,7 +8,7 @@ import torch
 from dimmix.benchmark import compiled
 from dimmix.errors import DimmixError
 from dimmix.onnx_runtime import OnnxRuntime
-from dimmix.runtime import METADATA_KEY, load_runtime
+from dimmix.runtime import METADATA_KEY, load_runtime, resolve_device
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -43,6 +43,11 @@ def test_a_device_that_onnxruntime_has_not_is_refused(brightest, monkeypatch, de
     with pytest.raises(DimmixError, match=f"--device {device}: .*{said}") as raised:
         load_runtime(str(brightest), device=device)
     assert raised.value.exit_code == 2
+
+
+def test_a_device_of_no_number_is_one_line():
+    with pytest.raises(DimmixError, match=r"--device cpu:x: .*[Ii]nvalid device string"):
+        resolve_device("cpu:x")
 
 
 def test_a_graph_of_other_numbers_than_it_says_is_refused(brightest, tmp_path):
