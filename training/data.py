@@ -40,8 +40,8 @@ class Images:
     @property
     def digest(self) -> str:
         """Hexadecimal digits that change with any pixel or label."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels))  # as they lie: a copy would double the memory
-        digest.update(np.ascontiguousarray(self.labels))
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels).data)  # as they lie: a copy would double the memory
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
     def relabelled(self, names: tuple[str, ...]) -> "Images":

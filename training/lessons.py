@@ -66,7 +66,7 @@ def lessons_folder(cache: Path, recipe: Recipe, weights: str, training: Images, 
     `weights` is the digest of the teacher's.
     """
     assert recipe.teacher
-    pixels = hashlib.sha256(np.ascontiguousarray(training.pixels)).hexdigest()
+    pixels = hashlib.sha256(np.ascontiguousarray(training.pixels).data).hexdigest()
     facts = {
         "teacher": [recipe.teacher.name, recipe.teacher.args, weights, recipe.train.precision],
         "batches": [pixels, asdict(recipe.data), asdict(recipe.augment), recipe.train.seed, recipe.train.batch_size],
