@@ -99,7 +99,7 @@ class Card:
             "crop_pct": self.crop_pct,
             "num_classes": len(self.labels),
             "label_names": self.labels,
-            "license": self.licence,
+            "license": self.licence.lower(),  # as the Hub has them
             "paper_ids": tuple(f"arXiv:{paper}" for paper in self.papers),
         }
 

@@ -239,6 +239,8 @@ def _reason(error: BaseException) -> str:
         return "your HF_TOKEN does not allow this"
     if status == 429:
         return "the Hub is asked too often (429); wait a little, or set HF_TOKEN for a higher limit"
+    if status in (400, 422):
+        return f"the Hub refuses this ({status}: {first_line(error)})"
     if status is not None:
         return f"the Hub answered {status}; try again later"
     if isinstance(error, errors.HFValidationError):
@@ -247,6 +249,8 @@ def _reason(error: BaseException) -> str:
         return f"no space left for the cache {constants.HF_HUB_CACHE}; free some, or set HF_HOME to another disk"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"the cache {constants.HF_HUB_CACHE} cannot be written to; set HF_HOME to a folder that can"
+    if isinstance(error, ValueError) and "Invalid metadata" in str(error):
+        return f"the Hub refuses the model card: {' '.join(str(error).split())}"
     if isinstance(error, ValueError | RuntimeError) and cause is not None:  # "... failed due to the above error"
         return _reason(cause)
     if type(error).__module__.startswith(("http", "requests")):

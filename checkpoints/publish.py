@@ -42,8 +42,14 @@ def write_folder(card: Card, weights: Path, folder: Path, repository: str | None
     The folder appears complete or not at all. `repository` is what the README tells people to load.
 
     Raises:
-        DimmixError: the folder holds something, cannot be written, or timm does not load back what was written.
+        DimmixError: the folder holds something, cannot be written, or timm does not load back what was written; a
+            name that no repository can have.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    if repository:
+        with one_line(repository):
+            validate_repo_id(repository)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as draft:
@@ -133,7 +139,7 @@ def _readme(card: Card, repository: str) -> str:
     result: dict[str, Any] = {"task_type": task, "dataset_type": card.dataset, "dataset_name": card.dataset}
     metrics = [("top-1 accuracy, %", card.top1), ("top-5 accuracy, %", card.top5)]
     metadata = ModelCardData(
-        license=card.licence,
+        license=card.pretrained_cfg()["license"],
         library_name="timm",
         pipeline_tag=task,
         tags=[task, "timm", "transformers", "dimmix", *(f"arxiv:{paper}" for paper in card.papers)],

@@ -103,11 +103,14 @@ def evaluate(
 def _refuse_inside(outputs: dict[str, Path | None], folder: Path) -> None:
     """Raise DimmixError where an output would replace one of the folder's own files, which may be an image.
 
-    An earlier result that lies in the folder itself, and in none of its classes or splits, may be replaced.
+    An earlier result that lies in the folder itself, and in none of its classes or splits, may be replaced. A Parquet
+    file in it would be taken for data from then on.
     """
     folder = folder.resolve()
     for option, output in outputs.items():
         path = output.resolve() if output else folder
+        if path.suffix == ".parquet" and folder in path.parents:
+            raise DimmixError(f"{option} {output}: would be one of the data; name another folder", exit_code=2)
         result = path.parent == folder and path.suffix in RESULTS
         if path.is_file() and folder in path.parents and not result:
             raise DimmixError(f"{option} {output}: is among the data; name another file", exit_code=2)

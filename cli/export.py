@@ -1,6 +1,7 @@
 """`dimmix export`: a model to a file that runs elsewhere, verified before it gets its name."""
 
 import math
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,7 @@ def export(
     import logging
 
     from dimmix.datasets import open_dataset
-    from dimmix.export import SUFFIXES, export_model, sample_dataset
+    from dimmix.export import SUFFIXES, export_model, readable, sample_dataset
     from dimmix.runtime import load_model
 
     logging.getLogger().setLevel(logging.ERROR)  # the quantizer's advice is for who calls it, not for who calls us
@@ -98,7 +99,12 @@ def export(
     dataset = None
     if data is not None:
         found = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
-        dataset = sample_dataset(found, MEASURED_IMAGES, ProgressBar("images read", found.length, quiet=quiet).track)
+        drawn = sample_dataset(found, MEASURED_IMAGES, ProgressBar("images read", found.length, quiet=quiet).track)
+        dataset, broken = readable(drawn, spec.preprocess)
+        if broken and not dataset.length:
+            raise broken[0]
+        for error in broken:
+            note(str(error))
     tolerance = atol if atol is not None else 2.0 if int8 else 1e-4
     record: Record = {"model": model, "to": str(to)}
     if int8 and dataset is not None:
@@ -146,21 +152,13 @@ def _some_images(spec: "Spec", dataset: "LabelledImages | None", start: int = 0)
 
     import numpy as np
 
-    from dimmix.images import ImageError, sample_images
+    from dimmix.images import sample_images
     from dimmix.preprocess import crop_image
 
-    found: Any = (
-        ((image, "") for image in sample_images()) if dataset is None else ((s.image, s.source) for s in dataset)
-    )
+    found: Iterable[Any] = sample_images() if dataset is None else (sample.image for sample in dataset)
     images = list(itertools.islice(found, start, start + 16))
     if not images:
         raise DimmixError(f"--data {dataset.name if dataset else ''}: no images in it", exit_code=2)
     while len(images) < 7:
         images += images
-    rows = []
-    for image, source in images:
-        try:
-            rows.append(spec.preprocess.normalize(crop_image(image, spec.preprocess)))
-        except ImageError as error:
-            raise ImageError(source or error.source, error.reason) from error
-    return np.stack(rows)
+    return np.stack([spec.preprocess.normalize(crop_image(image, spec.preprocess)) for image in images])

@@ -16,7 +16,7 @@ from .options import Format
 Record = dict[str, Any]
 
 _UNLIMITED = 10_000
-"""Columns of a table that goes to a file or a pipe."""
+"""Columns of a table that goes to a file or a pipe, or that is wider than the terminal."""
 
 
 def note(message: str, quiet: bool = False) -> None:
@@ -138,13 +138,16 @@ class Sink:
             self._widths[key] = max(len(key), *(len(row.get(key, "")) for row in rows))
         terminal = self._file.isatty()
         console = Console(file=self._file, width=None if terminal else _UNLIMITED, highlight=False)
+        if not self.single and sum(width + 3 for width in self._widths.values()) > console.width:
+            console.width = _UNLIMITED  # the terminal breaks its lines, and no name or number is cut into pieces
         fits = sum(width + 3 for width in self._widths.values()) < console.width
         table = Table(box=SIMPLE_HEAD, show_header=first, show_edge=False, pad_edge=False)
         table.title = Text(printable(self.title)) if first and self.title else None
         numbers = {key for row in self._rows for key, value in row.items() if isinstance(value, int | float)}
         for key, width in self._widths.items():
-            side: Literal["left", "right"] = "right" if key in numbers else "left"
-            table.add_column(key, min_width=width if fits else None, justify=side, overflow="fold")
+            side: Literal["left", "right"] = "right" if key in numbers and not self.single else "left"
+            whole = fits or not key  # the names of a single record's fields
+            table.add_column(key, min_width=width if whole else None, justify=side, overflow="fold")
         for row in rows:
             table.add_row(*(Text(row.get(key, "")) for key in self._widths))
         self._rows.clear()
@@ -177,4 +180,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    parts = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(part, dict | list | tuple) for part in parts):
+        return json.dumps(value)
+    return " ".join(map(str, parts)) if parts is value else value

@@ -173,9 +173,9 @@ def send(handler: Handler, status: int, body: bytes, headers: dict[str, str], le
         handler.wfile.write(body)
 
 
-def with_status(status: int, **headers: str) -> Fault:
+def with_status(status: int, answer: bytes = b"{}", **headers: str) -> Fault:
     """Answer with this status instead."""
-    return lambda handler, *_: send(handler, status, b"{}", {k.replace("_", "-"): v for k, v in headers.items()})
+    return lambda handler, *_: send(handler, status, answer, {k.replace("_", "-"): v for k, v in headers.items()})
 
 
 def cut(handler: Handler, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -123,7 +123,7 @@ def write_checkpoint(
         recipe=recipe.shown_path,
         hardware=_hardware(next(model.parameters()).device),
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm")},
-        licence="Apache-2.0",
+        licence="apache-2.0",
         papers=recipe.about.papers,
         notes=recipe.about.notes,
         model_args={key: value for key, value in recipe.model.args.items() if key not in NOT_MODEL_ARGS},

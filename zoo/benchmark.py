@@ -80,7 +80,9 @@ def benchmark(
             for *_, call, times in runs:
                 times.append(_time(call, device))
     for name, backend, macs, peak, _, times in runs:
-        quarter, median, three_quarter = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        quarter, median, three_quarter = (
+            statistics.quantiles(times, method="inclusive") if len(times) > 1 else times * 3
+        )
         yield Timing(
             name,
             backend,

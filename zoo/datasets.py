@@ -15,12 +15,18 @@ import numpy as np
 from PIL import Image
 
 from .errors import DimmixError, first_line
-from .images import ImageError, find_images
+from .images import ImageError, find_images, is_litter
 
 SPLITS = ("test", "validation", "valid", "val", "dev")
 """The splits that are held out, the one to evaluate on first."""
 
 ALL_SPLITS = ("train", *SPLITS)
+
+CALLED = {"image": ("image", "img"), "label": ("label", "class", "target", "category")}
+"""What columns of images and of classes are called, the likeliest first."""
+
+PANDAS_INDEX = "__index_level_"
+"""Begins the columns in which pandas keeps the index of a table."""
 
 
 class Sample(NamedTuple):
@@ -33,13 +39,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A data set: iterate it for its samples, as often as needed; `labels` is None where classes have no names."""
+    """A data set: iterate it for its samples, as often as needed.
+
+    `labels` is None where classes have no names, `label_column` where there are no columns.
+    """
 
     name: str
     split: str
     labels: tuple[str, ...] | None
     length: int | None
     samples: Callable[[], Iterator[Sample]]
+    label_column: str | None = None
 
     def __iter__(self) -> Iterator[Sample]:
         return self.samples()
@@ -52,7 +62,7 @@ def open_dataset(
     CIFAR python archive (its .tar.gz or the folder in it).
 
     `split` is by default the held-out one. The columns are by default those that the Hub's metadata say are images and
-    classes, or that are named so, or the first with images and the first with integers, or else with texts.
+    classes, or that are named so, integers before texts, or the only ones that could be.
 
     Raises:
         DimmixError: nothing there that is one of these, or no such split or column.
@@ -158,8 +168,8 @@ def _from_folders(root: Path, split: str | None) -> LabelledImages:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Those in a folder, by name; hidden ones, as notebooks leave them, are no classes."""
-    return sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+    """Those in a folder, by name; those that programs leave are no classes."""
+    return sorted(path.name for path in folder.glob("*") if path.is_dir() and not is_litter(path.name, folder=True))
 
 
 def _from_parquet(
@@ -188,7 +198,8 @@ def _from_parquet(
                         yield _sample(row[image_column], row[label_column], names, number)
                         number += 1
 
-    return LabelledImages(data, split, names or None, sum(footer.num_rows for footer in footers), samples)
+    rows = sum(footer.num_rows for footer in footers)
+    return LabelledImages(data, split, names or None, rows, samples, label_column)
 
 
 def _footer(shard: Path) -> Any:
@@ -203,16 +214,23 @@ def _footer(shard: Path) -> Any:
 
 def _check_alike(column: str, shards: list[Path], schemas: list[Any]) -> None:
     """Raises a DimmixError that names the first shard whose `column` is missing or of another type than the first's."""
-    expected = schemas[0].field(column).type
+    expected = _decoded(schemas[0].field(column).type)
     for shard, schema in zip(shards, schemas, strict=True):
         index = schema.get_field_index(column)
-        if index < 0 or schema.field(index).type != expected:
+        if index < 0 or _decoded(schema.field(index).type) != expected:
             has = f"{column!r} as {schema.field(index).type}" if index >= 0 else f"no column {column!r}"
             raise DimmixError(f"{shard}: has {has}, where {shards[0].name} has it as {expected}")
         if _declared_features(schema).get(column) != _declared_features(schemas[0]).get(column):
             raise DimmixError(
                 f"{shard}: declares {column!r} otherwise than {shards[0].name}, with other classes perhaps"
             )
+
+
+def _decoded(kind: Any) -> Any:
+    """What a column's values are: pandas writes categories as numbers in a dictionary of texts."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _values(shard: Path, column: str) -> list[Any]:
@@ -252,9 +270,10 @@ def _choose_columns(
     features = _declared_features(schema)
     binary = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)}
     binary |= {f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0}
-    texts = {f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)}
+    kinds = {f.name: _decoded(f.type) for f in schema if not f.name.startswith(PANDAS_INDEX)}
+    texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
     images = [name for name in schema.names if name in binary]
-    classes = [f.name for f in schema if pa.types.is_integer(f.type)] + [f.name for f in schema if f.name in texts]
+    classes = [name for name, kind in kinds.items() if pa.types.is_integer(kind)] + texts
     image_column = _choose_column(data, "image", image_column, images, features, "Image")
     label_column = _choose_column(data, "label", label_column, classes, features, "ClassLabel")
     for name in (image_column, label_column):
@@ -285,11 +304,18 @@ def _declared_features(schema: Any) -> dict[str, Any]:
 
 
 def _choose_column(data: str, kind: str, asked: str | None, found: list[str], features: Any, feature: str) -> str:
-    if asked is None and found:
-        declared = [name for name in found if features.get(name, {}).get("_type") == feature]
-        return (declared or [name for name in found if kind in name] or found)[0]
     if asked is None:
-        raise DimmixError(f"{data}: none of its columns holds {kind}s")
+        if not found:
+            raise DimmixError(f"{data}: none of its columns holds {kind}s")
+        declared = [name for name in found if features.get(name, {}).get("_type") == feature]
+        called = [name for word in CALLED[kind] for name in found if word in name.lower()]
+        if len(chosen := declared or called or found) > 1 and chosen is found:
+            raise DimmixError(
+                f"{data}: {', '.join(found)} may each hold {kind}s; name one with --{kind}-column"
+                + (", or in a recipe as data.label" if kind == "label" else ""),
+                exit_code=2,
+            )
+        return chosen[0]
     if asked not in found:
         raise DimmixError(f"{data}: no {kind} column {asked} among {', '.join(found) or 'none'}", exit_code=2)
     return asked
@@ -317,7 +343,7 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
         for number, row in enumerate(table):
             yield _sample(row[image_column], row[label_column], names, number)
 
-    return LabelledImages(data, split, names or None, len(table), samples)
+    return LabelledImages(data, split, names or None, len(table), samples, label_column)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -196,5 +196,7 @@ def _model_index(sample: Sample, mapping: list[int] | None, dataset: LabelledIma
     known = classes if mapping is None else len(mapping)
     if not 0 <= sample.label < known:
         what = "has no label" if sample.label < 0 else f"is of class {sample.label}, the model has {known} classes"
+        if dataset.label_column and sample.label >= 0:
+            what += f"; labels are of the column {dataset.label_column}, and --label-column names another"
         raise DimmixError(f"{dataset.name}: {sample.source} {what}")
     return sample.label if mapping is None else mapping[sample.label]

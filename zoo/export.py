@@ -21,8 +21,9 @@ from .errors import DimmixError, first_line
 from .evaluation import Track, evaluate
 from .files import new_folder, replacing
 from .fuse import convolve_levels, fuse, in_patches, merge_groups
+from .images import ImageError
 from .layers import ButterflyAttention
-from .preprocess import Preprocess
+from .preprocess import Preprocess, crop_image
 from .runtime import METADATA_KEY, Runtime, Spec, TorchRuntime, load_runtime
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "timm-dir": ""}
@@ -103,6 +104,18 @@ def sample_dataset(dataset: LabelledImages, images: int, track: Track = lambda s
             chosen[place] = sample
     generator.shuffle(chosen)
     return replace(dataset, length=len(chosen), samples=lambda: iter(chosen))
+
+
+def readable(dataset: LabelledImages, preprocess: Preprocess) -> tuple[LabelledImages, list[ImageError]]:
+    """The images of a small data set that can be read, and what is wrong with the others."""
+    samples, broken = [], []
+    for sample in dataset:
+        try:
+            crop_image(sample.image, preprocess)
+            samples.append(sample)
+        except ImageError as error:
+            broken.append(ImageError(sample.source, error.reason))
+    return replace(dataset, length=len(samples), samples=partial(iter, samples)), broken
 
 
 def split_dataset(dataset: LabelledImages) -> tuple[LabelledImages, LabelledImages]:

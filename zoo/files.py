@@ -32,6 +32,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise DimmixError(f"{path}: cannot be written ({error.strerror})", exit_code=2) from error
     try:
         yield Path(name)
+        for file in Path(name).rglob("*"):
+            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
         os.chmod(name, 0o777 & ~_umask())
         os.replace(name, path)
     finally:
@@ -49,9 +51,9 @@ def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> 
         DimmixError: the folder is not there or cannot be written to, or `path` is a folder, a
             device or a pipe.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DimmixError(f"{path}: not a regular file, and will not be replaced by one", exit_code=2)
+    path = Path(os.path.realpath(path))  # a link stays a link
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
@@ -60,8 +62,10 @@ def replacing(path: Path, worth_keeping: Callable[[], bool] = lambda: False) -> 
         raise DimmixError(f"{path}: cannot be written ({error.strerror})", exit_code=2) from error
     os.close(handle)
     try:
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        os.chmod(name, mode)
         yield Path(name)
+        os.chmod(name, mode)  # again, for who replaced the file that they were to write
         os.replace(name, path)
     except BaseException as error:
         if worth_keeping():

@@ -23,6 +23,11 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _SORTED_AT_ONCE = 4096
 
 
+def is_litter(name: str, folder: bool) -> bool:
+    """Whether a file or folder is of those that macOS, notebooks and others leave beside images."""
+    return name.startswith("._") or (folder and (name.startswith(".") or name == "__MACOSX"))
+
+
 class ImageError(DimmixError):
     """An image that cannot be read: `source` says which, `reason` why not."""
 
@@ -123,6 +128,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.float64)
+    if isinstance(through := image.info.get("transparency"), int):
+        pixels[pixels == through] = 65535
     if image.mode == "F":
         top = 1.0 if np.nanmax(pixels, initial=0) <= 1 else 255.0
     else:
@@ -133,7 +140,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def find_images(sources: Iterable[str], lists: tuple[str, ...] = ()) -> Iterator[str | ImageError]:
     """The images that files, folders (searched to the bottom), globs and `@list.txt` name, lazily.
 
-    Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once. What
+    Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once.
+    Hidden folders in a folder are passed over. What
     cannot be listed, or holds no image, comes as an error in its place. `lists` are those that are being read.
     """
     for source in sources:
@@ -204,6 +212,8 @@ def _walk(top: str) -> Iterator[str | ImageError]:
                 while run := sorted(itertools.islice(entries, _SORTED_AT_ONCE), key=lambda entry: entry.name):
                     for entry in run:
                         kind = _kind(entry)
+                        if is_litter(entry.name, folder=kind == "folder"):
+                            continue
                         if kind == "folder":
                             inner.append(entry.path)
                         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES or isinstance(kind, ImageError):

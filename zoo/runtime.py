@@ -258,6 +258,8 @@ def _unknown_model(name: str) -> DimmixError:
     hint = f"did you mean {' or '.join(close)}?" if close else "`dimmix list` shows the models"
     if name.endswith(".safetensors"):
         hint = "a file of weights is given as --checkpoint"
+    if name.endswith((".onnx", ".pt2")):
+        hint = "an exported file runs in predict, eval and benchmark alone, and has to be there"
     return DimmixError(f"unknown model {name!r}: {hint}", exit_code=2)
 
 

@@ -12,7 +12,7 @@ import torch
 from toy_checkpoint import make_card, weights
 
 import dimmix  # noqa: F401  registers the architectures
-from dimmix.checkpoints import Card, CheckpointError, publish
+from dimmix.checkpoints import Card, CheckpointError, cards, publish
 from dimmix.errors import DimmixError
 from tests.hub_server import with_status
 
@@ -134,6 +134,24 @@ def test_a_store_that_fails_leaves_the_repository_as_it_was(hub, token, publishe
     with pytest.raises(CheckpointError, match="hf-hub:someone/mine: the Hub answered 500; try again later"):
         publish.upload(published, "someone/mine", Card.read(trained[0]))
     assert [len(commit) for commit in hub.repos["someone/mine"].commits.values()] == [1]
+
+
+def test_a_card_that_the_hub_refuses_is_one_line_with_its_reason(hub, token, published, trained):
+    hub.fail("POST", "/validate-yaml", with_status(400, b'{"errors": [{"message": "license must be another"}]}'))
+    with pytest.raises(CheckpointError, match=r"refuses the model card: .*README\.md\. - license must be another$"):
+        publish.upload(published, "someone/mine", Card.read(trained[0]))
+
+
+def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_written(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="this is not the name of a repository"):
+        publish.write_folder(Card.read(trained[0]), trained[0].with_suffix(".safetensors"), tmp_path / "new", "a b!")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_licence_is_named_as_the_hub_names_it(trained):
+    card = dataclasses.replace(Card.read(trained[0]), licence="MIT")
+    assert card.pretrained_cfg()["license"] == "mit"
+    assert all(found.licence == found.licence.lower() for found in cards().values())
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained, tmp_path):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from timm.models import is_model_in_modules
 
 import dimmix as package
+from dimmix import benchmark
 from dimmix.checkpoints import cards
 
 
@@ -73,6 +75,15 @@ def test_benchmark_has_a_row_for_each_model_and_backend(dimmix):
         assert 0 < record["quarter_ms"] <= record["median_ms"] <= record["three_quarter_ms"]
         assert record["images_per_second"] == pytest.approx(2000 / record["median_ms"])
     assert found[0]["macs"] < found[1]["macs"]
+
+
+def test_quartiles_of_few_rounds_lie_between_the_times(monkeypatch):
+    times = iter([1.0, 3.0])
+    monkeypatch.setattr(benchmark, "_time", lambda call, device: next(times))
+    (timing,) = benchmark.benchmark(
+        ["butterfly_resnet20_convmix_w32"], ["eager"], rounds=2, batch_size=2, device=torch.device("cpu")
+    )
+    assert (timing.quarter_ms, timing.median_ms, timing.three_quarter_ms) == (1500, 2000, 2500)
 
 
 def test_benchmark_goes_on_past_a_backend_that_does_not_run(dimmix, monkeypatch):

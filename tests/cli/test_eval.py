@@ -85,6 +85,22 @@ def test_labels_that_do_not_match_are_one_line_with_both(dimmix, brightest, clas
     assert "3 classes (red, green, blue)" in done.err
 
 
+def test_no_parquet_file_is_written_among_class_folders(dimmix, model, class_folders, tmp_path):
+    (tmp_path / "cat").symlink_to(class_folders / "cat")
+    done = dimmix("eval", tmp_path, *model, "--predictions", tmp_path / "p.parquet")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "would be one of the data" in done.err
+
+
+def test_a_label_beyond_the_classes_names_its_column(dimmix, model, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = pq.read_table(CIFAR10)["img"][0].as_py()["bytes"]
+    pq.write_table(pa.table({"image": [image], "id": [77]}), tmp_path / "x.parquet")
+    done = dimmix("eval", tmp_path / "x.parquet", *model)
+    assert done.code == 1
+    assert "row 0 is of class 77, the model has 10 classes; labels are of the column id" in done.err
+
+
 def test_a_broken_image_is_named_and_the_rest_measured(dimmix, model, class_folders, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "broken.png").write_bytes(b"x")

@@ -90,6 +90,18 @@ def test_data_without_an_image_that_can_be_read_is_one_line(dimmix, model, tmp_p
         assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_images_that_cannot_be_read_are_named_and_the_others_taken(dimmix, model, class_folders, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "broken.png").write_bytes(b"x")
+    (tmp_path / "dog").symlink_to(class_folders / "dog")
+    (tmp_path / "m.safetensors").touch()
+    (tmp_path / "m.safetensors").chmod(0o644)
+    done = dimmix("export", *model, "--to", "safetensors", "-o", tmp_path / "m.safetensors", "--data", tmp_path)
+    assert done.code == 0
+    assert "broken.png: not an image" in done.err
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_weights_are_not_written_beside_the_card_of_others(dimmix, model, tiny, tmp_path):
     (tmp_path / "m.json").write_text("{}")
     done = dimmix("export", *model, "--to", "safetensors", "-o", tmp_path / "m.safetensors")

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import sys
 
 import pytest
 
@@ -53,6 +55,36 @@ def test_a_table_shows_markup_and_control_characters_as_text(capsys):
     assert "[red]c[/red]" in out
     assert "\x1b" not in out
     assert "0.2500" in out
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_narrow_terminal_cuts_no_name_into_pieces(monkeypatch, single):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    name = "butterfly_resnet_tiny_r64_32"
+    with Sink(Format.table, single=single) as sink:
+        sink.write({name: "word " * 20} if single else {"name": f"{name}.cifar10", "params": 1_105_828, "top1": 77.98})
+    out = sys.stdout.getvalue()
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in out.splitlines()]
+    assert sum(name in line for line in lines) == 1
+    if single:
+        assert max(map(len, lines)) <= 40
+    else:
+        assert "1,105,828" in out
+
+
+def test_what_is_nested_is_json_in_csv(capsys):
+    nested = {"levels": [{"n": 16, "radix": 4}], "sizes": [3, 32, 32], "card": {"a": None}, "none": []}
+    with Sink(Format.csv) as sink:
+        sink.write(nested)
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert json.loads(row["levels"]) == nested["levels"]
+    assert json.loads(row["card"]) == nested["card"]
+    assert (row["sizes"], row["none"]) == ("3 32 32", "")
 
 
 def test_no_record_is_an_empty_json_list(capsys):

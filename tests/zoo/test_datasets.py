@@ -262,6 +262,47 @@ def test_shards_in_a_folder_for_each_split_are_of_that_split(tmp_path):
     assert [(dataset.split, dataset.length) for dataset in datasets] == [("test", 3), ("train", 6)]
 
 
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [
+        ({"id": [7, 8], "class": ["cat", "dog"]}, "class"),
+        ({"width": [7, 8], "Category": ["cat", "dog"]}, "Category"),
+        ({"__index_level_0__": [7, 8], "answer": ["cat", "dog"]}, "answer"),
+        ({"class_name": ["cat", "dog"], "label_id": [7, 8]}, "label_id"),
+    ],
+)
+def test_the_column_of_labels_is_found_by_its_name(tmp_path, columns, chosen):
+    pa = pytest.importorskip("pyarrow")
+    for dictionary in (False, True):
+        table = pa.table({"image": [b"x"] * 2} | columns)
+        for at, field in enumerate(table.schema):
+            if dictionary and pa.types.is_string(field.type):
+                table = table.set_column(at, field.name, table.column(at).dictionary_encode())
+        pa.parquet.write_table(table, tmp_path / "x.parquet")
+        dataset = open_dataset(str(tmp_path / "x.parquet"))
+        assert dataset.label_column == chosen
+        expected = (("cat", "dog"), [0, 1]) if isinstance(columns[chosen][0], str) else (None, [7, 8])
+        assert (dataset.labels, [sample.label for sample in dataset]) == expected
+
+
+def test_columns_that_may_each_hold_labels_are_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [b"x"], "id": [1], "kind": ["cat"]})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DimmixError, match=r"id, kind may each hold labels; name one with --label-column") as raised:
+        open_dataset(str(tmp_path / "x.parquet"))
+    assert raised.value.exit_code == 2
+
+
+def test_texts_in_a_dictionary_are_texts_in_every_shard(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    labels = pa.array(["cat", "dog"])
+    for number, column in enumerate((labels, labels.dictionary_encode())):
+        table = pa.table({"image": [b"x"] * 2, "label": column})
+        pa.parquet.write_table(table, tmp_path / f"test-{number}.parquet")
+    assert [sample.label for sample in open_dataset(str(tmp_path))] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("names", [("cifar10-train", "cifar10-test"), ("train_0", "test_0"), ("a.train.0", "a.test.0")])
 def test_the_split_may_stand_anywhere_in_a_files_name(tmp_path, names):
     for name in names:

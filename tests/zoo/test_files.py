@@ -81,6 +81,13 @@ def test_a_pipe_is_not_replaced(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_a_pipe_behind_a_link_is_named_by_the_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to(tmp_path / "pipe")
+    with pytest.raises(DimmixError, match=r"stdout: not a regular file"):
+        write_atomically(tmp_path / "stdout", b"content")
+
+
 def test_names_that_are_no_utf_8_go_into_parquet_escaped(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     with table_writer(tmp_path / "t.parquet", {"source": "string"}) as write:
@@ -97,6 +104,12 @@ def test_permissions_are_those_of_the_file_before_or_of_the_umask(tmp_path):
         write_atomically(tmp_path / "old", b"1")
         with new_folder(tmp_path / "folder"):
             pass
+        os.umask(0o022)
+        with replacing(tmp_path / "other") as path, new_folder(tmp_path / "full") as folder:
+            path.unlink()  # as safetensors does
+            path.touch(0o600)
+            (folder / "in").touch(0o600)
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old", "folder")] == [0o600, 0o640, 0o700]
+    expected = {"new": 0o600, "old": 0o640, "folder": 0o700, "other": 0o644, "full": 0o755, "full/in": 0o644}
+    assert {name: (tmp_path / name).stat().st_mode & 0o777 for name in expected} == expected

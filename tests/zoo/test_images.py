@@ -65,6 +65,12 @@ def test_16_bit_png_keeps_its_greys(tmp_path):
     assert np.asarray(open_image(tmp_path / "deep.png", "L")).tolist() == [[0, 128, 255]]
 
 
+def test_a_transparent_grey_of_16_bits_lies_over_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 300, 65535]], np.uint16))
+    image.save(tmp_path / "deep.png", transparency=300)
+    assert np.asarray(open_image(tmp_path / "deep.png", "L")).tolist() == [[0, 255, 255]]
+
+
 def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (20, 10), "white")
     exif = Image.Exif()
@@ -130,6 +136,14 @@ def test_folders_are_searched_to_the_bottom_past_other_files_and_links_back_up(t
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
     found = list(find_images([str(tmp_path)]))
     assert [os.path.relpath(str(path), tmp_path) for path in found] == ["a.JPG", "b.png", "deep/er/c.webp"]
+
+
+def test_what_programs_leave_in_folders_is_passed_over(tmp_path):
+    left = [".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", "._a.png", "deep/._b.png"]
+    touch(tmp_path / "a.png", tmp_path / "deep" / "b.png", *(tmp_path / name for name in left))
+    found = list(find_images([str(tmp_path)]))
+    assert [os.path.relpath(str(path), tmp_path) for path in found] == ["a.png", "deep/b.png"]
+    assert len(list(find_images([str(tmp_path / ".ipynb_checkpoints")]))) == 1
 
 
 def test_globs_and_lists_name_images(tmp_path):
