@@ -1,19 +1,16 @@
 """Labelled images to evaluate on: class folders, parquet shards, Hub datasets and the CIFAR python archives."""
 
-import io
 import json
-import pickle
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
+from .cifar_archive import read_archive
 from .errors import DimmixError, first_line
 from .images import ImageError, find_images, is_litter
 
@@ -346,58 +343,12 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
     return LabelledImages(data, split, names or None, len(table), samples, label_column)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads the CIFAR archives, which are pickles, and builds nothing but NumPy arrays: any other name is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        reconstruct = np.empty(0).__reduce__()[0]
-        allowed = {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
-        if module.partition(".")[0] == "numpy" and name in allowed:
-            return allowed[name]
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"{module}.{name} has no business in a CIFAR archive")
-
-
 def _from_cifar(path: Path, split: str) -> LabelledImages:
-    try:
-        files = _cifar_files(path)
-        if "meta" in files:
-            names = _unpickle(files["meta"])["fine_label_names"]
-            batches = {"train": ["train"], "test": ["test"]}
-        else:
-            names = _unpickle(files["batches.meta"])["label_names"]
-            batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
-        _choose_split(str(path), split, list(batches))
-        parts = [_unpickle(files[name]) for name in batches[split]]
-        pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [int(label) for part in parts for label in part.get("fine_labels") or part["labels"]]
-        names = tuple(map(str, names))
-        if pixels.dtype != np.uint8 or len(pixels) != len(labels):
-            raise ValueError(f"{len(pixels)} images of {pixels.dtype}, {len(labels)} labels")
-    except DimmixError:
-        raise
-    except Exception as error:  # what a damaged archive or pickle raises has no end
-        raise DimmixError(f"{path}: not a whole CIFAR python archive ({first_line(error)})") from error
+    _choose_split(str(path), split, ["train", "test"])
+    pixels, labels, names = read_archive(path, split)
 
     def samples() -> Iterator[Sample]:
         for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             yield Sample(Image.fromarray(image), label, f"{split}/{number}")
 
     return LabelledImages(str(path), split, names, len(labels), samples)
-
-
-def _cifar_files(path: Path) -> dict[str, bytes]:
-    if path.is_dir():
-        return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
-    with tarfile.open(path) as archive:
-        members = [member for member in archive if member.isfile()]
-        files = {Path(member.name).name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
-        while archive.fileobj.read(2**20):
-            pass  # to the end, where gzip keeps its checksum
-        return files
-
-
-def _unpickle(content: bytes) -> dict[str, Any]:
-    values = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in values.items()}
