@@ -77,13 +77,13 @@ def _download_checked(
     return second
 
 
-def fetch_config(repository: str, revision: str | None = None) -> Path:
+def fetch_config(repository: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """The `config.json` that timm builds a repository's model from, in the Hub's cache.
 
     Raises:
         CheckpointError: there is none, or it cannot be had.
     """
-    return _download_checked(repository, "config.json", revision, None, _check_stated)
+    return _download_checked(repository, "config.json", revision, cache_dir, _check_stated)
 
 
 def cached(

@@ -109,6 +109,7 @@ def _config(card: Card) -> dict[str, Any]:
         model_args["img_size"] = list(card.input_size[1:])
     return {
         "architecture": card.architecture,
+        "dtype": "float32",  # or transformers computes in the float16 that the file is stored in, slowly on a CPU
         "num_classes": len(card.labels),
         "label_names": card.labels,
         "model_args": model_args,

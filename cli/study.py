@@ -39,7 +39,7 @@ def study(
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the recipe's.")] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Train on so many. Default: all.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repeat with so many seeds, from 0.")] = 1,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, max=1024, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
     format: FormatOption = Format.auto,
     output: OutputOption = None,
@@ -61,7 +61,7 @@ def study(
 
     import torch
 
-    from dimmix.training.recipe import read_recipe
+    from dimmix.training.recipe import parse_recipe, read_recipe
     from dimmix.training.study import Study, run_study, short_recipe
     from dimmix.training.study_plot import plot_study
 
@@ -69,7 +69,8 @@ def study(
         torch.set_num_threads(threads)
     base = read_recipe(recipe) if recipe else short_recipe(dataset or "cifar10")
     dataset = dataset or base.data.name
-    base = replace(base, data=replace(base.data, name=dataset))
+    tables = base.to_json()
+    base = parse_recipe(tables | {"data": tables["data"] | {"name": dataset}}, base.path)
     if epochs:
         warmup = min(base.schedule.warmup_epochs, epochs / 2)
         base = replace(base, schedule=replace(base.schedule, epochs=epochs, warmup_epochs=warmup))

@@ -1,5 +1,6 @@
 """`dimmix widths`: how wide and how sparse a mixer of so many connections is."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -16,11 +17,9 @@ def parse_connections(text: str) -> int:
     Raises:
         typer.BadParameter: anything else.
     """
-    base, _, exponent = text.partition("^")
-    try:
-        value = int(base) ** int(exponent or 1) if int(exponent or 1) in range(64) else 0
-    except ValueError:
-        value = 0
+    found = re.fullmatch(r"([0-9]{1,18})(?:\^([0-9]{1,2}))?", text.strip())
+    exponent = int(found[2] or 1) if found else 0
+    value = int(found[1]) ** exponent if found and exponent < 64 else 0
     if value < 1:
         raise typer.BadParameter(f"{text!r} is not a positive whole number such as 262144 or 2^18")
     return value

@@ -25,7 +25,7 @@ def train(
     name: Annotated[str, typer.Option(help="The run's folder in RUNS; the recipe's name if not given.")] = "",
     split: Annotated[Split, typer.Option(help="val: hold back training rows; full: test once.")] = Split.full,
     max_minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = math.inf,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a key: table.key=value.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the run's saved state and begin anew.")] = False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dimmix.checkpoints import Card, find
 from dimmix.checkpoints.lookup import find_card
-from dimmix.errors import DimmixError
+from dimmix.errors import DimmixError, first_line
 from dimmix.pretrained import create_model as create_pretrained
 
 from . import teacher as _registers_the_teacher  # noqa: F401
@@ -34,8 +34,9 @@ class Learner:
     def __init__(self, recipe: Recipe, classes: int, steps_per_epoch: int, processes: Processes) -> None:
         self.recipe, self.device = recipe, processes.device
         torch.manual_seed(recipe.train.seed)
-        self.model = self._place(build_model(recipe.model, classes, recipe.path))
+        self.model = self._place(build_model(recipe.start, classes, recipe.path))
         check_size(self.model, recipe)
+        check_output(self.model, classes, recipe, self.device)
         self.ema = ModelEmaV3(self.model, decay=recipe.train.ema_decay, use_warmup=True, warmup_power=EMA_WARMUP_POWER)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.schedulers = build_schedulers(self.optimizers, recipe.schedule, steps_per_epoch)
@@ -178,6 +179,23 @@ def check_size(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
+@torch.no_grad()
+def check_output(model: nn.Module, classes: int, recipe: Recipe, device: torch.device) -> None:
+    """Raises DimmixError where the model does not turn the recipe's images into a number for each class."""
+    size = recipe.data.image_size
+    try:
+        shape = tuple(model.eval()(torch.zeros(2, 3, size, size, device=device)).shape)
+    except Exception as error:  # timm's models raise whatever their layers do
+        raise DimmixError(
+            f"{recipe.path}: {recipe.model.name} does not run: {first_line(error)}", exit_code=2
+        ) from None
+    if shape != (2, classes):
+        raise DimmixError(
+            f"{recipe.path}: {recipe.model.name} gives {shape[1:]} for an image of {classes} classes", exit_code=2
+        )
+    model.train()
+
+
 def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
     """The recipe's teacher, frozen in evaluation mode, with its weights."""
     assert recipe.teacher
@@ -209,7 +227,7 @@ def who_know_every_row(recipe: Recipe) -> list[str]:
     known = {}
     if recipe.teacher:
         known["the teacher"] = Card.beside(find(recipe.teacher_weights))
-    start = recipe.model.args.get("checkpoint_path")
+    start = recipe.start.args.get("checkpoint_path")
     known["the checkpoint to start from"] = Card.beside(Path(start)) if start else find_card(recipe.started_from)
     return [
         who

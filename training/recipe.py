@@ -6,7 +6,7 @@ import math
 import tomllib
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -144,8 +144,19 @@ class Recipe:
     def teacher_weights(self) -> str:
         """What `dimmix.checkpoints.find` takes for the teacher's weights."""
         assert self.teacher
-        beside = self.path.parent / self.teacher.weights
-        return str(beside.absolute()) if beside.is_file() else self.teacher.weights
+        return self.beside(self.teacher.weights)
+
+    @property
+    def start(self) -> Model:
+        """The model with the file that it starts from, if it does, as it lies here."""
+        file = self.model.args.get("checkpoint_path")
+        args = {"checkpoint_path": self.beside(str(file))} if file else {}
+        return replace(self.model, args=self.model.args | args)
+
+    def beside(self, file: str) -> str:
+        """A file that the recipe names, which may lie beside it."""
+        beside = self.path.parent / file
+        return str(beside.absolute()) if beside.is_file() else file
 
     def to_json(self) -> dict[str, Any]:
         tables = asdict(self)
@@ -165,6 +176,7 @@ RANGES: dict[str, Allowed] = {
     **dict.fromkeys(("augment.cutout_probability", "augment.mix_probability"), _AT_MOST_1),
     **dict.fromkeys(("optimizer.momentum", "optimizer.betas", "train.ema_decay"), _BELOW_1),
     **dict.fromkeys(("optimizer.block_lr_mult", "teacher.temperature", "data.std"), _ABOVE_0),
+    **dict.fromkeys(("augment.crop", "augment.cutout"), (lambda value: value <= 4096, "at most 4096")),
     "train.seed": (lambda value: value < 2**40, "less than 2^40"),
 }
 """What a number must be beside not negative, which all are."""
@@ -176,7 +188,7 @@ def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Raises DimmixError for a file that cannot be read, an unknown or missing key, a wrong type and a value not allowed.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DimmixError(f"{path}: cannot read the recipe ({error.strerror})", exit_code=2) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -201,7 +213,7 @@ def parse_recipe(tables: dict[str, Any], path: Path) -> Recipe:
         table, name = key.split(".")
         if len(getattr(getattr(recipe, table), name)) != count:
             raise DimmixError(f"{path}: {key} must have {count} numbers", exit_code=2)
-    if Path(recipe.data.name).name != recipe.data.name:
+    if Path(recipe.data.name).name != recipe.data.name or recipe.data.name in ("", ".."):
         raise DimmixError(
             f"{path}: data.name = {recipe.data.name!r} must be the name of a folder in --data, and no path", exit_code=2
         )

@@ -72,6 +72,12 @@ def trim_log(log: Path, epochs: int) -> None:
         write_atomically(log, "".join(lines[:epochs]).encode())
 
 
+def tells_of_more(log: Path) -> bool:
+    """Whether a log has more than a first epoch, which is there before the first state is."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return len(lines) > 1 or (len(lines) == 1 and not lines[0].startswith('{"epoch": 1,'))
+
+
 def measure(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     """The card's metrics of logits (N, classes) against labels (N,): what `dimmix eval` would say."""
     evaluation = Evaluation("", "", "", list(names))

@@ -196,8 +196,9 @@ class _Bench:
         held_back, batch_size = study.recipe.data.held_back, study.recipe.train.batch_size
         images = study.images or len(rows) - held_back
         if held_back < 1 or not batch_size <= images <= len(rows) - held_back:
+            asked = f"--images {study.images}" if study.images else f"data.held_back = {held_back}"
             raise DimmixError(
-                f"--images {images}: {len(rows)} training rows, {held_back} of them held back, must leave so many, "
+                f"{asked}: {len(rows)} training rows, {held_back} of them held back, must leave so many, "
                 f"and a batch takes {batch_size}",
                 exit_code=2,
             )

@@ -17,6 +17,8 @@ from .onnx_runtime import OnnxRuntime
 from .profile import count_macs, peak_bytes
 from .runtime import describe_model
 
+BACKENDS = ("eager", "compiled", "onnxruntime")
+
 GRAPHS = 256
 """Of one function, that `torch.compile` may keep: all our models share `Trunk.forward`, and 8 would be the end."""
 
@@ -61,8 +63,12 @@ def benchmark(
     that cannot run a model is an error in its place. `track` counts the preparations and then the rounds.
 
     Raises:
-        DimmixError: no such model.
+        DimmixError: no such model or backend, or no image or round to time.
     """
+    if unknown := [backend for backend in backends if backend not in BACKENDS]:
+        raise DimmixError(f"no backend {', '.join(unknown)}: they are {', '.join(BACKENDS)}", exit_code=2)
+    if rounds < 1 or batch_size < 1:
+        raise DimmixError(f"{rounds} rounds of {batch_size} images: at least one of each", exit_code=2)
     models = {name: describe_model(name) for name in names}
     runs: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -166,6 +166,8 @@ class Classifier:
             if array.shape != preprocess.input_size:
                 reason = f"float values of shape {array.shape}: after `transform` they are {preprocess.input_size}"
                 raise ImageError(describe(image), reason)
+            if not np.isfinite(array).all():
+                raise ImageError(describe(image), "values that are not finite")
             return array
         return crop_image(image, preprocess)
 

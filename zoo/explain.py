@@ -56,10 +56,10 @@ def explain(classifier: Classifier, image: Any, index: int | None = None) -> Exp
     if not classifier.labels:
         raise DimmixError(f"{classifier.name} has no classifier, and so nothing to explain", exit_code=2)
     crop = classifier.prepare(image)
-    pixels = torch.from_numpy(classifier.to_batch([crop]))
     outputs: list[torch.Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in model.blocks]
-    with torch.enable_grad():  # whatever the caller has set
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        pixels = torch.from_numpy(classifier.to_batch([crop]))
         try:
             logits = model(pixels.to(next(model.parameters()).device).requires_grad_())
         finally:

@@ -104,6 +104,8 @@ def _from_array(source: Any) -> Image.Image:
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     image.load()
+    if 0 in image.size:
+        raise _NotAnImageError(f"{image.width}x{image.height} pixels are no image")
     image = _upright(image)
     if image.mode == mode and "transparency" not in image.info:
         return image if image.readonly == 0 else image.copy()

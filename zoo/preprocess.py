@@ -105,6 +105,8 @@ def crop_image(source: Any, preprocess: Preprocess) -> np.ndarray:
     """A source of an image, as `open_image` takes them, to uint8 (H, W, C). Raises ImageError, also one that came."""
     if isinstance(source, ImageError):
         raise source
+    if (channels := preprocess.input_size[0]) not in (1, 3):
+        raise ImageError(describe(source), f"the model takes {channels} channels, and so float arrays of its own input")
     try:
         return preprocess.crop(open_image(source, preprocess.mode))
     except TooThinError as error:

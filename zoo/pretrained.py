@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from dimmix.checkpoints import CheckpointError, cards, find
+from dimmix.checkpoints.hub import fetch_config
+from dimmix.checkpoints.lookup import split_hub_name
 
 
 def default_cfgs(untagged: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -62,6 +64,9 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
     overlay, cache_dir = kwargs.pop("pretrained_cfg_overlay", None), kwargs.get("cache_dir")
     if ":" in name:
+        repository, revision = split_hub_name(name)
+        if repository:
+            fetch_config(repository, revision, cache_dir)  # which timm would take from the cache as it is
         overlay = {**(overlay or {}), **_local_file(name, cache_dir=cache_dir)}
     else:
         architecture, _, tag = name.partition(".")
@@ -94,5 +99,8 @@ def _local_file(name: str, **options: Any) -> dict[str, Any]:
 
 
 def _own_hub_id(variant: str, tag: str | None) -> str | None:
-    card = cards().get(f"{variant}.{tag}")
-    return card.hub_id if card else None
+    """Where timm was told that a bundled checkpoint is published."""
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(f"{variant}.{tag}") if f"{variant}.{tag}" in cards() else None
+    return cfg.hf_hub_id if cfg else None

@@ -79,7 +79,10 @@ class TorchRuntime:
         self.model, self.spec, self.device, self.amp = model.to(device), spec, device, amp
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        return self._run(self.model, batch)
+        logits = self._run(self.model, batch)
+        if logits.ndim != 2:
+            raise DimmixError(f"{self.spec.name} gives {logits.shape[1:]} numbers for an image, not one for each class")
+        return logits
 
     def embed(self, batch: np.ndarray) -> np.ndarray:
         model: Any = self.model

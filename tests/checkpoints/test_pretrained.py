@@ -13,6 +13,7 @@ from toy_checkpoint import make_card, weights
 
 from dimmix import pretrained
 from dimmix.checkpoints import CheckpointError, card
+from tests.hub_server import flip_bit
 
 CFG = {"num_classes": 10, "input_size": (3, 32, 32), "pool_size": None, "first_conv": "conv1", "classifier": "fc"}
 
@@ -160,6 +161,19 @@ def test_files_that_a_repositorys_config_names_are_not_touched(states, hub, tmp_
     content = safetensors.torch.save(states["cifar10"])
     hub.publish("someone/toy", {"config.json": json.dumps(config).encode(), "model.safetensors": content})
     assert_same(timm.create_model("hf-hub:someone/toy", pretrained=True), states["cifar10"])
+
+
+def test_a_damaged_config_in_the_cache_is_fetched_again(states, hub):
+    config = {"architecture": "toy_net", "num_classes": 10, "pretrained_cfg": CFG}
+    content = safetensors.torch.save(states["cifar10"])
+    hub.publish("someone/toy", {"config.json": json.dumps(config).encode(), "model.safetensors": content})
+    hub.fail("GET", "config.json", flip_bit)
+    assert_same(pretrained.create_model("hf-hub:someone/toy"), states["cifar10"])
+
+
+def test_another_namespace_does_not_hide_what_is_bundled(states, monkeypatch):
+    monkeypatch.setenv("DIMMIX_HUB_NAMESPACE", "someone")
+    assert_same(timm.create_model("toy_net.cifar10", pretrained=True), states["cifar10"])
 
 
 def test_timms_own_architectures_come_through_the_same_door(hub):

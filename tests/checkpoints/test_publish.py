@@ -53,6 +53,7 @@ def test_the_folder_holds_what_timm_transformers_and_dimmix_read(published, trai
     config = json.loads((published / "config.json").read_text())
     assert config["architecture"] == ARCHITECTURE
     assert config["num_classes"] == 10
+    assert config["dtype"] == "float32"  # whatever the file is stored in
     assert config["label_names"][3] == "cat"
     assert config["model_args"] == {}
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]

@@ -9,6 +9,8 @@ from timm.models import is_model_in_modules
 import dimmix as package
 from dimmix import benchmark
 from dimmix.checkpoints import cards
+from dimmix.errors import DimmixError
+from dimmix_cli.benchmark import Backend
 
 
 def lines(out):
@@ -84,6 +86,21 @@ def test_quartiles_of_few_rounds_lie_between_the_times(monkeypatch):
         ["butterfly_resnet20_convmix_w32"], ["eager"], rounds=2, batch_size=2, device=torch.device("cpu")
     )
     assert (timing.quarter_ms, timing.median_ms, timing.three_quarter_ms) == (1500, 2000, 2500)
+
+
+@pytest.mark.parametrize(
+    ("backends", "options", "said"),
+    [
+        (["onnx"], {}, "no backend onnx: they are eager, compiled, onnxruntime"),
+        (["eager"], {"rounds": 0}, "0 rounds of 2 images"),
+        (["eager"], {"batch_size": 0}, "1 rounds of 0 images"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(backends, options, said):
+    options = {"rounds": 1, "batch_size": 2} | options
+    with pytest.raises(DimmixError, match=said):
+        list(benchmark.benchmark(["butterfly_resnet20_convmix_w32"], backends, device=torch.device("cpu"), **options))
+    assert list(Backend) == list(benchmark.BACKENDS)
 
 
 def test_benchmark_goes_on_past_a_backend_that_does_not_run(dimmix, monkeypatch):

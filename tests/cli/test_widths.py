@@ -22,7 +22,7 @@ def test_widths_sweeps_the_papers_figure(dimmix):
     assert {(16, 504), (32, 346), (64, 226), (128, 128), (504, 16)} <= set(pairs)
 
 
-@pytest.mark.parametrize("text", ["0", "-4", "2^-1", "many", "1.5", "2^99", ""])
+@pytest.mark.parametrize("text", ["0", "-4", "2^", "-2^2", "2^-1", "many", "1.5", "2^99", ""])
 def test_connections_are_a_whole_number_or_a_power(dimmix, text):
     outcome = dimmix("widths", f"--connections={text}")
     assert outcome.code == 2
@@ -53,6 +53,12 @@ def test_a_study_without_data_is_one_line(dimmix, tmp_path, kind):
     assert "no such file or folder" in outcome.err
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_a_path_is_refused(dimmix, tmp_path):
+    outcome = dimmix("study", "depth", "--data", tmp_path, "--dataset", tmp_path / "toy", "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "must be the name of a folder in --data, and no path" in outcome.err
 
 
 def test_widths_imports_no_torch(process):

@@ -107,6 +107,32 @@ def test_accuracy_of_classes_is_by_number_and_none_without_images() -> None:
     assert measured["per_class_accuracy"] == (100.0, 100.0, 50.0, None)
 
 
+def test_weights_to_start_from_may_lie_beside_the_recipe(train_toy: Train, tmp_path: Path) -> None:
+    card = train_toy(name="first")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "runs" / "first" / card.file).rename(tmp_path / "mine" / "start.safetensors")
+    args = "depths = [1, 1, 1], width = 8, radix = [4, 4, 4], first_radix = [4, 4, 4]"
+    on = train_toy(f'model.args={{{args}, checkpoint_path = "mine/start.safetensors"}}', "optimizer.lr=0.0")
+    assert on.started_from == "start.safetensors"
+    assert on.top1 == card.top1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("butterfly_resnet_nano_32", "in_chans = 1", "toy.toml: butterfly_resnet_nano_32 does not run: "),
+        ("butterfly_resnet_nano_32", "features_only = true", "toy.toml: butterfly_resnet_nano_32 does not run: "),
+        ("test_vit", 'img_size = 16, global_pool = ""', r"test_vit gives \(2, 3\) for an image of 3 classes"),
+    ],
+)
+def test_a_model_that_does_not_take_the_images_or_give_classes_is_refused(
+    train_toy: Train, name: str, args: str, said: str
+) -> None:
+    with pytest.raises(DimmixError, match=said) as raised:
+        train_toy(f"model.name={name}", f"model.args={{{args}}}")
+    assert raised.value.exit_code == 2
+
+
 def test_weights_to_start_from_are_safetensors(train_toy: Train, tmp_path: Path) -> None:
     for name in ("start.pth", "start.safetensors"):
         (tmp_path / name).write_bytes(b"")

@@ -204,6 +204,41 @@ def test_a_finished_run_is_not_evaluated_again(train_toy: Train, monkeypatch: py
     assert train_toy() == card
 
 
+def test_a_finished_run_whose_weights_are_gone_writes_them_again(train_toy: Train, runs: Path) -> None:
+    card = train_toy()
+    weights = runs / "run" / card.file
+    content = weights.read_bytes()
+    weights.unlink()
+    assert train_toy().sha256 == card.sha256
+    assert weights.read_bytes() == content
+
+
+def test_a_run_that_ended_before_its_first_state_begins_again(
+    train_toy: Train, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_state", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            train_toy()
+    assert (runs / "run" / loop.LOG).read_text().count("\n") == 1
+    assert train_toy().epochs == 2
+    assert (runs / "run" / loop.LOG).read_text().count("\n") == 2
+
+
+def test_a_weight_beyond_float16_is_stored_in_float32(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enlarged(model: torch.nn.Module) -> torch.nn.Module:
+        rounded = rounded_to_half(model)
+        next(rounded.parameters()).data.flatten()[0] = torch.inf
+        return rounded
+
+    def unmoved(model: torch.nn.Module, batches: Any, images: int | None = None, **options: Any) -> Any:
+        return predict(model, batches, **options) if images is None else (torch.eye(3), torch.arange(3))
+
+    monkeypatch.setattr(loop, "rounded_to_half", enlarged)
+    monkeypatch.setattr(loop, "predict", unmoved)
+    assert train_toy().dtype == "float32"
+
+
 def test_split_val_evaluates_each_epoch_and_never_opens_the_test_split(train_toy: Train, toy: Path, runs: Path) -> None:
     next((toy / "toy").glob("test-*")).write_bytes(b"not to be read")
     card = train_toy(split="val")

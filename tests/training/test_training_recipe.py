@@ -41,6 +41,13 @@ def test_says_what_training_starts_from(recipe_file: Callable[..., Path], name: 
     assert recipe.started_from == expected
 
 
+def test_a_byte_order_mark_is_passed_over(recipe_file: Callable[..., Path]) -> None:
+    path = recipe_file()
+    expected = read_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_recipe(path) == expected
+
+
 def test_survives_json(recipe_file: Callable[..., Path]) -> None:
     recipe = read_recipe(recipe_file(), ("teacher.name=test_vit", "teacher.weights=t.safetensors"))
     assert recipe.teacher
@@ -57,6 +64,9 @@ def test_survives_json(recipe_file: Callable[..., Path]) -> None:
         ("lr = 0.05", 'lr = "big"', ["optimizer.lr = 'big'", "a number >= 0"]),
         ("lr = 0.05", "lr = -1.0", ["optimizer.lr = -1.0", "a number >= 0"]),
         ("crop = 2", "crop = true", ["augment.crop = True", "a whole number >= 0"]),
+        ("cutout = 4", "cutout = 99999999999999999999", ["augment.cutout = 99999999999999999999", "at most 4096"]),
+        ('name = "toy"', 'name = ".."', ["data.name = '..' must be the name of a folder"]),
+        ('name = "toy"', 'name = ""', ["data.name = '' must be the name of a folder"]),
         ("crop = 2", "flip = 1", ["augment.flip = 1", "true or false"]),
         ("held_back = 8", "mean = [0.5]", ["data.mean", "3 numbers"]),
         ("epochs = 2", "epochs = 0", ["schedule.epochs", "at least 1"]),

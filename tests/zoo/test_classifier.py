@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dimmix import Classifier
 from dimmix.errors import DimmixError
 from dimmix.images import ImageError
-from dimmix.runtime import describe_model, model_spec
+from dimmix.runtime import TorchRuntime, describe_model, model_spec
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,31 @@ def test_a_stream_goes_on_past_a_broken_image(classifier, photo, tmp_path):
     assert [result.error for result in results] == [None, "no such file or directory", None]
     with pytest.raises(ImageError, match=r"none\.png: no such file"):
         classifier.predict([tmp_path / "none.png"])
+
+
+def test_a_stream_goes_on_past_what_holds_no_pixels_or_no_numbers(classifier, photo):
+    nan = np.full((3, *classifier.runtime.spec.preprocess.input_size[1:]), np.nan, np.float32)
+    results = list(classifier.stream([photo, Image.new("RGB", (0, 5)), nan, photo]))
+    said = [None, "0x5 pixels are no image", "values that are not finite", None]
+    assert [result.error for result in results] == said
+    assert results[0].predictions == results[3].predictions
+
+
+def test_a_model_of_four_channels_takes_its_own_input_alone(classifier, photo):
+    spec = classifier.runtime.spec
+    four = dataclasses.replace(spec.preprocess, input_size=(4, 8, 8), mean=(0.5,) * 4, std=(0.5,) * 4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10)).eval()
+    ours = Classifier.of(TorchRuntime(model, dataclasses.replace(spec, preprocess=four), torch.device("cpu")))
+    with pytest.raises(ImageError, match="the model takes 4 channels"):
+        ours.predict(photo)
+    assert len(ours.predict(np.zeros((4, 8, 8), np.float32), topk=10)) == 10
+
+
+def test_a_model_that_does_not_pool_is_no_classifier(classifier, photo):
+    model = torch.nn.Conv2d(3, 10, 1).eval()
+    ours = Classifier.of(TorchRuntime(model, classifier.runtime.spec, torch.device("cpu")))
+    with pytest.raises(DimmixError, match=r"gives \(10, \d+, \d+\) numbers for an image, not one for each class"):
+        ours.predict(photo)
 
 
 def test_a_stream_of_empty_batches_is_refused(classifier, photo):
