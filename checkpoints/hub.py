@@ -240,7 +240,7 @@ def _reason(error: BaseException) -> str:
     if status == 429:
         return "the Hub is asked too often (429); wait a little, or set HF_TOKEN for a higher limit"
     if status in (400, 422):
-        return f"the Hub refuses this ({status}: {first_line(error)})"
+        return f"the Hub refuses this ({status}: {str(error).strip().splitlines()[-1].strip()})"
     if status is not None:
         return f"the Hub answered {status}; try again later"
     if isinstance(error, errors.HFValidationError):

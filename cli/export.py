@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from dimmix.datasets import LabelledImages
     from dimmix.runtime import Spec
 
+COMPARED_IMAGES = 16
+"""So many at a time are preprocessed, and a file that is not int8 is compared with the model on no more."""
+
 MEASURED_IMAGES = 2048
 """At most so many images of --data are read."""
 
@@ -100,7 +103,7 @@ def export(
     if data is not None:
         found = open_dataset(data, split=split, image_column=image_column, label_column=label_column)
         drawn = sample_dataset(found, MEASURED_IMAGES, ProgressBar("images read", found.length, quiet=quiet).track)
-        dataset, broken = readable(drawn, spec.preprocess)
+        dataset, broken = readable(drawn, spec.preprocess, None if int8 else COMPARED_IMAGES)
         if broken and not dataset.length:
             raise broken[0]
         for error in broken:
@@ -125,7 +128,7 @@ def _export_int8(network: Any, spec: "Spec", path: Path, dataset: "LabelledImage
     from dimmix.runtime import TorchRuntime, load_runtime
 
     calibration, rest = split_dataset(dataset)
-    batches = [_some_images(spec, calibration, start) for start in range(0, calibration.length or 0, 16)]
+    batches = [_some_images(spec, calibration, start) for start in range(0, calibration.length or 0, COMPARED_IMAGES)]
     if not batches:
         raise DimmixError(f"--data {dataset.name}: too few images to calibrate on", exit_code=2)
     sample = _some_images(spec, rest)
@@ -156,7 +159,7 @@ def _some_images(spec: "Spec", dataset: "LabelledImages | None", start: int = 0)
     from dimmix.preprocess import crop_image
 
     found: Iterable[Any] = sample_images() if dataset is None else (sample.image for sample in dataset)
-    images = list(itertools.islice(found, start, start + 16))
+    images = list(itertools.islice(found, start, start + COMPARED_IMAGES))
     if not images:
         raise DimmixError(f"--data {dataset.name if dataset else ''}: no images in it", exit_code=2)
     while len(images) < 7:

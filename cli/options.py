@@ -67,8 +67,12 @@ WorkersOption = Annotated[
 ]
 AmpOption = Annotated[bool, typer.Option("--amp", help="Run the model in bfloat16 where that is safe.")]
 SplitOption = Annotated[str | None, typer.Option("--split", help="The split to use. Default: the held-out one.")]
-ImageColumnOption = Annotated[str | None, typer.Option("--image-column", help="Default: the first with images.")]
-LabelColumnOption = Annotated[str | None, typer.Option("--label-column", help="Default: the first with classes.")]
+ImageColumnOption = Annotated[
+    str | None, typer.Option("--image-column", help="Default: by metadata or name, or the only one.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option("--label-column", help="Default: by metadata or name, or the only one.")
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from dimmix.errors import DimmixError
 
 from .options import Format
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Record = dict[str, Any]
+
+_TEXT = 24
+"""Columns that a text in a table keeps, but for the first of a row."""
 
 _UNLIMITED = 10_000
 """Columns of a table that goes to a file or a pipe, or that is wider than the terminal."""
@@ -138,22 +144,32 @@ class Sink:
             self._widths[key] = max(len(key), *(len(row.get(key, "")) for row in rows))
         terminal = self._file.isatty()
         console = Console(file=self._file, width=None if terminal else _UNLIMITED, highlight=False)
-        if not self.single and sum(width + 3 for width in self._widths.values()) > console.width:
-            console.width = _UNLIMITED  # the terminal breaks its lines, and no name or number is cut into pieces
-        fits = sum(width + 3 for width in self._widths.values()) < console.width
         table = Table(box=SIMPLE_HEAD, show_header=first, show_edge=False, pad_edge=False)
         table.title = Text(printable(self.title)) if first and self.title else None
         numbers = {key for row in self._rows for key, value in row.items() if isinstance(value, int | float)}
-        for key, width in self._widths.items():
+        for key, least in self._least_widths(numbers, console).items():
             side: Literal["left", "right"] = "right" if key in numbers and not self.single else "left"
-            whole = fits or not key  # the names of a single record's fields
-            table.add_column(key, min_width=width if whole else None, justify=side, overflow="fold")
+            table.add_column(key, min_width=least, justify=side, overflow="fold")
         for row in rows:
             table.add_row(*(Text(row.get(key, "")) for key in self._widths))
         self._rows.clear()
         with self.paused():
             console.print(table)
             self._file.flush()
+
+    def _least_widths(self, numbers: set[str], console: "Console") -> dict[str, int | None]:
+        """Columns with the width that each keeps where the terminal is narrow: no name or number is cut into pieces."""
+        least: dict[str, int | None] = dict(self._widths)
+        if sum(self._widths.values()) + 3 * len(least) < console.width:
+            return least
+        first, *others = self._widths
+        if self.single:
+            return least | dict.fromkeys(others) | ({first: None} if self._widths[first] > console.width // 2 else {})
+        kept = {key: width if key in (first, *numbers) else min(width, _TEXT) for key, width in self._widths.items()}
+        if sum(kept.values()) + 3 * len(kept) >= console.width:
+            console.width = _UNLIMITED  # the terminal breaks the lines
+            return least
+        return least | kept
 
 
 def _resolve(format: Format, output: Path | None) -> Format:

@@ -11,15 +11,19 @@ from .sink import Sink
 CONNECTIONS_HELP = "Omega: non-zero weights of each Linear of the wide MLP; 2^18 may be written so."
 
 
+MOST = 10**30
+"""More than any design has, and what a float still holds."""
+
+
 def parse_connections(text: str) -> int:
     """A whole number such as 262144, or a power such as 2^18.
 
     Raises:
         typer.BadParameter: anything else.
     """
-    found = re.fullmatch(r"([0-9]{1,18})(?:\^([0-9]{1,2}))?", text.strip())
+    found = re.fullmatch(r"([0-9]{1,30})(?:\^([0-9]{1,2}))?", re.sub(r"[\s_]", "", text))
     exponent = int(found[2] or 1) if found else 0
-    value = int(found[1]) ** exponent if found and exponent < 64 else 0
+    value = min(int(found[1]) ** exponent, MOST) if found and exponent < 64 else 0
     if value < 1:
         raise typer.BadParameter(f"{text!r} is not a positive whole number such as 262144 or 2^18")
     return value

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dimmix.checkpoints import Card, find
 from dimmix.checkpoints.lookup import find_card
+from dimmix.datasets import normalized
 from dimmix.errors import DimmixError, first_line
 from dimmix.pretrained import create_model as create_pretrained
 
@@ -215,10 +216,11 @@ def load_teacher(recipe: Recipe, classes: int) -> nn.Module:
 def check_teacher(recipe: Recipe, names: Sequence[str]) -> None:
     """Raises DimmixError where the teacher's card says that its logits are of other classes, or in another order."""
     card = Card.beside(find(recipe.teacher_weights)) if recipe.teacher else None
-    numbers = all(name.isdecimal() for name in names)  # of a data set whose classes have no names
-    if card and not numbers and tuple(card.labels) != tuple(names):
-        others = (f"{a!r}, not {b!r}" for a, b in zip(card.labels, names, strict=False) if a != b)
-        what = next(others, f"{len(card.labels)}, not {len(names)}")
+    if card is None or any(all(name.isdecimal() for name in known) for known in (names, card.labels)):
+        return  # where classes have no names
+    others = [f"{a!r}, not {b!r}" for a, b in zip(card.labels, names, strict=False) if normalized(a) != normalized(b)]
+    if others or len(card.labels) != len(names):
+        what = next(iter(others), f"{len(card.labels)}, not {len(names)}")
         raise DimmixError(f"{recipe.path}: teacher.weights know other classes than the images: {what}", exit_code=2)
 
 

@@ -13,6 +13,7 @@ Errors are of training rows that were held back, never of the test split.
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dimmix.errors import DimmixError
-from dimmix.files import write_atomically
 from dimmix.layers import SparseLinear
 from dimmix.profile import count_macs
 from dimmix.wide import MaskedOperator, WideOperator, effective_mlp
@@ -281,13 +281,8 @@ class _Store:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append("")  # so that a folder that cannot be written to is known before the training
-            whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-            entries = [json.loads(line) for line in whole.splitlines()]
-            if not torn.startswith(self.BEGINNING[: len(torn)]):
-                raise ValueError(f"{torn[:20]!r} is of another file")
-            if torn:  # by a stop in the middle of a line
-                write_atomically(path, f"{whole}\n".encode() if whole else b"")
+            path.open("ab").close()  # so that a folder that cannot be written to is known before the training
+            entries = list(self._entries(path.read_text(encoding="utf-8").splitlines()))
             self.found = {json.dumps(entry["asked"], sort_keys=True): entry["records"] for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DimmixError(
@@ -301,10 +296,22 @@ class _Store:
         self._append(f"{json.dumps({'asked': asked, 'records': records})}\n")
         return records
 
+    def _entries(self, lines: list[str]) -> Iterator[Any]:
+        """What lines hold, without those that a stop has torn."""
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                if not line.startswith(self.BEGINNING[: len(line)]):
+                    raise
+
     def _append(self, line: str) -> None:
-        """To what is there by then: studies may run side by side."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        """To what is there by then, in a line of its own: studies may run side by side."""
+        with self.path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(line.encode())
 
 
 def _costs() -> Iterator[Record]:

@@ -19,11 +19,14 @@ SPLITS = ("test", "validation", "valid", "val", "dev")
 
 ALL_SPLITS = ("train", *SPLITS)
 
-CALLED = {"image": ("image", "img"), "label": ("label", "class", "target", "category")}
-"""What columns of images and of classes are called, the likeliest first."""
+CALLED = {
+    "image": ("image", "img", "jpg", "jpeg", "png", "photo", "picture"),
+    "label": ("label", "class", "cls", "target", "category", "y"),
+}
+"""What columns of images and of classes are called, or have in their names, the likeliest first."""
 
-PANDAS_INDEX = "__index_level_"
-"""Begins the columns in which pandas keeps the index of a table."""
+_SHARD = re.compile(rf"(?:(.+)[-_.])?({'|'.join(ALL_SPLITS)})(?:[-_.](?:of|[0-9]+|[0-9a-f]{{8,}}))*")
+"""The name of a Parquet file: of a data set perhaps, of a split, and numbers of shards or digests."""
 
 
 class Sample(NamedTuple):
@@ -79,10 +82,10 @@ def open_dataset(
             named = split or "all"
         split = _choose_split(data, split, [named])
         return _from_parquet(data, [path], split, image_column, label_column)
-    if shards := sorted(path.glob("**/*.parquet")):
-        found = sorted({_split_of(shard) for shard in shards})
-        chosen = _choose_split(data, split, found)
-        shards = [shard for shard in shards if _split_of(shard) == chosen]
+    if shards := _find_shards(path):
+        prefixed = len({_prefix_of(shard) for shard in shards}) == 1
+        chosen = _choose_split(data, split, sorted({_split_of(shard, prefixed) for shard in shards}))
+        shards = [shard for shard in shards if _split_of(shard, prefixed) == chosen]
         if len(sets := sorted({_set_of(shard) for shard in shards})) > 1:
             raise DimmixError(f"{data}: {len(sets)} data sets lie in it; name one of {', '.join(map(str, sets))}")
         return _from_parquet(data, shards, chosen, image_column, label_column)
@@ -115,15 +118,16 @@ def match_labels(dataset: LabelledImages, model: str, labels: Sequence[str]) -> 
         if len(dataset.labels) != len(labels):
             raise _mismatch(dataset, model, labels)
         return None
-    names = [_normalized(label) for label in labels]
-    wanted = [_normalized(label) for label in dataset.labels]
+    names = [normalized(label) for label in labels]
+    wanted = [normalized(label) for label in dataset.labels]
     found, times = {name: number for number, name in enumerate(names)}, Counter(names)
     if any(times[name] != 1 for name in wanted) or len(set(wanted)) != len(wanted):
         raise _mismatch(dataset, model, labels)
     return [found[name] for name in wanted]
 
 
-def _normalized(label: str) -> str:
+def normalized(label: str) -> str:
+    """A class's name as it is compared: without regard to case and underscores."""
     return label.casefold().replace("_", " ").strip()
 
 
@@ -267,7 +271,7 @@ def _choose_columns(
     features = _declared_features(schema)
     binary = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)}
     binary |= {f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0}
-    kinds = {f.name: _decoded(f.type) for f in schema if not f.name.startswith(PANDAS_INDEX)}
+    kinds = {f.name: _decoded(f.type) for f in schema if not f.name.startswith("__")}  # keys, indices
     texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
     images = [name for name in schema.names if name in binary]
     classes = [name for name, kind in kinds.items() if pa.types.is_integer(kind)] + texts
@@ -280,10 +284,33 @@ def _choose_columns(
     return image_column, label_column, names
 
 
-def _split_of(shard: Path) -> str:
-    """The split that a Parquet file is of, by its name (train-0-of-2, photos_test) or its folder's (train/0000)."""
-    words = re.split(r"[-_.]", shard.stem)
-    return next((word for word in (*words, shard.parent.name) if word in ALL_SPLITS), shard.stem.split("-")[0])
+def _find_shards(folder: Path) -> list[Path]:
+    """The Parquet files in a folder and below it, without what programs leave beside them."""
+    found = []
+    for path in folder.glob("**/*.parquet"):
+        *above, name = path.relative_to(folder).parts
+        if not is_litter(name, folder=False) and not any(is_litter(part, folder=True) for part in above):
+            found.append(path)
+    return sorted(found)
+
+
+def _prefix_of(shard: Path) -> str:
+    """What stands in a Parquet file's name before the split, as the name of the data set may."""
+    named = _SHARD.fullmatch(shard.stem)
+    return named[1] or "" if named else ""
+
+
+def _split_of(shard: Path, prefixed: bool = True) -> str:
+    """The split that a Parquet file is of: by its name (train-0-of-2) or its folder's (train/0000).
+
+    With `prefixed`, when no other set's files lie beside it, by the end of its name too (photos_test).
+    """
+    named, beginning = _SHARD.fullmatch(shard.stem), shard.stem.split("-")[0]
+    if named and not named[1]:
+        return named[2]
+    if beginning not in ALL_SPLITS and shard.parent.name in ALL_SPLITS:
+        return shard.parent.name
+    return named[2] if named and prefixed else beginning
 
 
 def _set_of(shard: Path) -> Path:
@@ -305,7 +332,8 @@ def _choose_column(data: str, kind: str, asked: str | None, found: list[str], fe
         if not found:
             raise DimmixError(f"{data}: none of its columns holds {kind}s")
         declared = [name for name in found if features.get(name, {}).get("_type") == feature]
-        called = [name for word in CALLED[kind] for name in found if word in name.lower()]
+        called = [name for word in CALLED[kind] for name in found if word == name.lower()]
+        called = called or [name for word in CALLED[kind] for name in found if len(word) > 1 and word in name.lower()]
         if len(chosen := declared or called or found) > 1 and chosen is found:
             raise DimmixError(
                 f"{data}: {', '.join(found)} may each hold {kind}s; name one with --{kind}-column"

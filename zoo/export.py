@@ -106,10 +106,15 @@ def sample_dataset(dataset: LabelledImages, images: int, track: Track = lambda s
     return replace(dataset, length=len(chosen), samples=lambda: iter(chosen))
 
 
-def readable(dataset: LabelledImages, preprocess: Preprocess) -> tuple[LabelledImages, list[ImageError]]:
-    """The images of a small data set that can be read, and what is wrong with the others."""
-    samples, broken = [], []
+def readable(
+    dataset: LabelledImages, preprocess: Preprocess, most: int | None = None
+) -> tuple[LabelledImages, list[ImageError]]:
+    """The images of a small data set that can be read, or the first so many, and what is wrong with those between."""
+    samples: list[Sample] = []
+    broken = []
     for sample in dataset:
+        if len(samples) == most:
+            break
         try:
             crop_image(sample.image, preprocess)
             samples.append(sample)

@@ -142,9 +142,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def find_images(sources: Iterable[str], lists: tuple[str, ...] = ()) -> Iterator[str | ImageError]:
     """The images that files, folders (searched to the bottom), globs and `@list.txt` name, lazily.
 
-    Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once.
-    Hidden folders in a folder are passed over. What
-    cannot be listed, or holds no image, comes as an error in its place. `lists` are those that are being read.
+    Files of a folder or glob come sorted, in runs of a few thousand, so that a folder of a million starts at once. In a
+    folder, hidden folders and what macOS leaves (`._*`, `__MACOSX`) are passed over. What cannot be listed, or holds no
+    image, comes as an error in its place. `lists` are those that are being read.
     """
     for source in sources:
         try:

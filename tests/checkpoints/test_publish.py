@@ -143,6 +143,12 @@ def test_a_card_that_the_hub_refuses_is_one_line_with_its_reason(hub, token, pub
         publish.upload(published, "someone/mine", Card.read(trained[0]))
 
 
+def test_a_commit_that_the_hub_refuses_is_one_line_with_its_reason(hub, token, published, trained):
+    hub.fail("POST", "/commit/", with_status(400, b'{"error": "too many files"}'), times=9)
+    with pytest.raises(CheckpointError, match=r"the Hub refuses this \(400: .*too many files\)"):
+        publish.upload(published, "someone/mine", Card.read(trained[0]))
+
+
 def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_written(trained, tmp_path):
     with pytest.raises(CheckpointError, match="this is not the name of a repository"):
         publish.write_folder(Card.read(trained[0]), trained[0].with_suffix(".safetensors"), tmp_path / "new", "a b!")

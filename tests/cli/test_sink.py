@@ -59,22 +59,42 @@ def test_a_table_shows_markup_and_control_characters_as_text(capsys):
 
 @pytest.mark.parametrize("single", [False, True])
 def test_a_narrow_terminal_cuts_no_name_into_pieces(monkeypatch, single):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    name = "butterfly_resnet_tiny_r64_32"
-    with Sink(Format.table, single=single) as sink:
-        sink.write({name: "word " * 20} if single else {"name": f"{name}.cifar10", "params": 1_105_828, "top1": 77.98})
-    out = sys.stdout.getvalue()
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in out.splitlines()]
+    name = "fast_r64_32" if single else "butterfly_resnet_tiny_r64_32.cifar10"
+    record = {name: "word " * 20} if single else {"name": name, "params": 1_105_828, "top1": 77.98}
+    lines = shown_on_a_terminal(monkeypatch, 40, [record], single=single)
     assert sum(name in line for line in lines) == 1
     if single:
         assert max(map(len, lines)) <= 40
     else:
-        assert "1,105,828" in out
+        assert any("1,105,828" in line for line in lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown_on_a_terminal(monkeypatch, columns, records, **options):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout", Terminal())
+    with Sink(Format.table, **options) as sink:
+        for record in records:
+            sink.write(record)
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in sys.stdout.getvalue().splitlines()]
+
+
+def test_a_long_name_of_a_field_leaves_its_value_a_place(monkeypatch):
+    lines = shown_on_a_terminal(monkeypatch, 80, [{"top1": 71.23, f"accuracy of {'shark, ' * 20}": 88}], single=True)
+    assert any("71.23" in line for line in lines)
+    assert any("88" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_long_text_is_folded_and_widens_no_other_row(monkeypatch):
+    rows = [{"source": f"{n}.png", "score": 0.5, "error": "word " * 20 if n == 2 else ""} for n in range(4)]
+    lines = shown_on_a_terminal(monkeypatch, 80, rows)
+    assert max(map(len, lines)) <= 80
+    assert sum(".png" in line for line in lines) == 4
 
 
 def test_what_is_nested_is_json_in_csv(capsys):

@@ -1,6 +1,7 @@
 """`dimmix widths` and `dimmix study` from the command line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ def test_connections_are_a_whole_number_or_a_power(dimmix, text):
     assert outcome.code == 2
     assert "is not a positive whole number such as 262144 or 2^18" in " ".join(outcome.err.split())
     assert parse_connections("2^18") == parse_connections("262144") == 262_144
+    assert parse_connections("262_144") == parse_connections(" 2 ^ 18 ") == 262_144
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ def test_connections_are_a_whole_number_or_a_power(dimmix, text):
         (("--connections", 100, "--channels", 500), "too few connections; that needs at least 125250"),
         (("--connections", 100, "--channels", 0), "--channels 0: must be at least 1"),
         (("--connections", 100, "--gamma", 0), "gamma above 0"),
+        (("--connections", "999999999999999999^63"), "connection"),
         (("--connections", 100, "--sweep", "--tokens", 4), "leave out --channels and --tokens"),
     ],
 )
@@ -56,7 +59,9 @@ def test_a_study_without_data_is_one_line(dimmix, tmp_path, kind):
 
 
 def test_a_study_of_a_path_is_refused(dimmix, tmp_path):
-    outcome = dimmix("study", "depth", "--data", tmp_path, "--dataset", tmp_path / "toy", "--out", tmp_path / "out")
+    recipe = Path(__file__).parents[2] / "recipes" / "wide_mixer_study.cifar10.toml"
+    where = ["--data", tmp_path, "--dataset", tmp_path / "toy", "--out", tmp_path / "out"]
+    outcome = dimmix("study", "depth", *where, "--recipe", recipe)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "must be the name of a folder in --data, and no path" in outcome.err
 

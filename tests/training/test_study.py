@@ -71,11 +71,10 @@ def test_studies_side_by_side_keep_what_both_found_and_a_torn_line_is_left(tmp_p
     first, second = module._Store(path), module._Store(path)
     first.put({"n": 1}, [{"error": 1.0}])
     second.put({"n": 2}, [{"error": 2.0}])
-    whole = path.read_text()
-    path.write_text(f'{whole}{{"asked"')
+    path.write_text(f'{path.read_text()}{{"asked": {{"n"')  # torn by a stop
+    first.put({"n": 3}, [{"error": 3.0}])
     third = module._Store(path)
-    assert [third.get({"n": n}) for n in (1, 2)] == [[{"error": 1.0}], [{"error": 2.0}]]
-    assert path.read_text() == whole
+    assert [third.get({"n": n}) for n in (1, 2, 3)] == [[{"error": float(n)}] for n in (1, 2, 3)]
 
 
 def test_mixer_and_sparse_mlp_of_a_study_have_equal_connections(make_study):

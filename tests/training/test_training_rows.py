@@ -112,6 +112,9 @@ def test_a_teacher_of_classes_in_another_order_is_refused(train_toy: Train, tmp_
     beside.write_text(json.dumps(facts))
     with pytest.raises(DimmixError, match="know other classes than the images: 'red', not 'light'"):
         train_toy(*taught, name="another")
+    for n, labels in enumerate((["0", "1", "2"], ["Dark", "LIGHT", "red"])):
+        beside.write_text(json.dumps(facts | {"labels": labels}))
+        assert train_toy(*taught, name=f"taught{n}") is not None
 
 
 def test_validation_says_when_the_start_has_learnt_the_rows_held_back(

@@ -269,6 +269,9 @@ def test_shards_in_a_folder_for_each_split_are_of_that_split(tmp_path):
         ({"width": [7, 8], "Category": ["cat", "dog"]}, "Category"),
         ({"__index_level_0__": [7, 8], "answer": ["cat", "dog"]}, "answer"),
         ({"class_name": ["cat", "dog"], "label_id": [7, 8]}, "label_id"),
+        ({"num_labels": [1, 1], "label": ["cat", "dog"], "label_count": [1, 1]}, "label"),
+        ({"__key__": ["a", "b"], "__url__": ["c", "d"], "cls": [7, 8]}, "cls"),
+        ({"filename": ["a", "b"], "y": [7, 8], "by": [1, 1]}, "y"),
     ],
 )
 def test_the_column_of_labels_is_found_by_its_name(tmp_path, columns, chosen):
@@ -309,6 +312,25 @@ def test_the_split_may_stand_anywhere_in_a_files_name(tmp_path, names):
         (tmp_path / f"{name}.parquet").write_bytes(CIFAR10.read_bytes())
     datasets = [open_dataset(str(tmp_path)), open_dataset(str(tmp_path), split="train")]
     assert [(dataset.split, dataset.length) for dataset in datasets] == [("test", 60), ("train", 60)]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("mnist_test", "fashion_test"), "fashion_test, mnist_test"),
+        (("train", "train_small"), "train, train_small"),
+        (("test/train_x", "train/0000"), "test, train"),
+        (("train/a_test", "test/a_test"), "test, train"),
+    ],
+)
+def test_names_of_several_sets_are_no_splits(tmp_path, names, splits):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.parquet").write_bytes(CIFAR10.read_bytes())
+    (tmp_path / "._test.parquet").write_bytes(b"macOS")
+    with pytest.raises(DimmixError, match=f"no split 'nothing' among {splits};"):
+        open_dataset(str(tmp_path), split="nothing")
+    assert all(open_dataset(str(tmp_path), split=split).length == 60 for split in splits.split(", "))
 
 
 def test_hidden_folders_are_no_classes(tmp_path, class_folders):
