@@ -53,7 +53,8 @@ def export(
     ] = None,
     checkpoint: CheckpointOption = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Quantize ONNX: static for convolutions, dynamic for the others.")
+        bool,
+        typer.Option("--int8", help="Quantize ONNX: static for convolutions, else dynamic, which saves size alone."),
     ] = False,
     data: Annotated[
         str | None, typer.Option("--data", help="Images to compare on, as for eval; --int8 needs them to calibrate.")

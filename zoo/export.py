@@ -250,7 +250,8 @@ def _quantize(path: Path, model: torch.nn.Module, calibration: Iterable[np.ndarr
     else:
         written = onnx.load(path)
         del written.graph.value_info[:]  # the quantizer transposes weights and would find their old shapes here
-        quantization.quantize_dynamic(written, path)
+        # Not Attention, ONNX's, which it takes for an older one of that name.
+        quantization.quantize_dynamic(written, path, op_types_to_quantize=["MatMul", "Gemm", "Conv"])
 
 
 def is_convolutional(model: torch.nn.Module) -> bool:

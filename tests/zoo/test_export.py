@@ -117,6 +117,15 @@ def test_int8_of_a_mixer_is_dynamic_and_stays_near_the_model(tmp_path, images, l
     assert 0 < written.difference <= 0.2
 
 
+def test_int8_of_a_vit_leaves_its_attention(tmp_path, images, loaded):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_butterfly_nano_patch4_32", num_classes=10).eval()
+    written = export_model(model, loaded[1], "onnx", tmp_path / "m.onnx", images, atol=0.5, calibration=[images])
+    operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert operators >= {"DynamicQuantizeLinear", "MatMulInteger", "Attention"}
+    assert 0 < written.difference <= 0.5
+
+
 def test_levels_of_a_mixer_are_convolutions_in_groups_of_whole_vectors(tmp_path, images, loaded):
     torch.manual_seed(0)
     model = timm.create_model("butterfly_mixer_nano_32", num_classes=10, depth=1, conv_stem=False).eval()
