@@ -250,8 +250,9 @@ def _quantize(path: Path, model: torch.nn.Module, calibration: Iterable[np.ndarr
     else:
         written = onnx.load(path)
         del written.graph.value_info[:]  # the quantizer transposes weights and would find their old shapes here
-        # Not Attention, ONNX's, which it takes for an older one of that name.
-        quantization.quantize_dynamic(written, path, op_types_to_quantize=["MatMul", "Gemm", "Conv"])
+        # ONNX's Attention it takes for an older operator of that name.
+        attentions = [node.name for node in written.graph.node if node.op_type == "Attention"]
+        quantization.quantize_dynamic(written, path, nodes_to_exclude=attentions)
 
 
 def is_convolutional(model: torch.nn.Module) -> bool:
