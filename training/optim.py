@@ -102,18 +102,24 @@ def _is_block_linear(module: nn.Module) -> TypeGuard[BlockLinear]:
     return isinstance(module, BlockLinear)
 
 
+def _is_grouped(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a convolution mixes channels in groups; a depthwise one mixes none."""
+    return isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels
+
+
 def _block_lr_scales(model: nn.Module, recipe: Optimizer) -> dict[int, float]:
-    """The factor on the learning rate of each block-diagonal weight."""
-    layers = [layer for layer in model.modules() if _is_block_linear(layer)]
+    """The factor on the learning rate of each block-diagonal weight, convolutions in groups among them."""
+    blocks = {id(layer.weight): layer.weight.shape[0] for layer in model.modules() if _is_block_linear(layer)}
+    blocks |= {id(layer.weight): layer.groups for layer in model.modules() if _is_grouped(layer)}
     if recipe.block_lr_mult != "auto":
-        return {id(layer.weight): recipe.block_lr_mult for layer in layers}
-    factors = dict.fromkeys((id(layer.weight) for layer in layers), 1)
+        return dict.fromkeys(blocks, recipe.block_lr_mult)
+    factors = dict.fromkeys(blocks, 1)
     for whole in model.modules():
         if isinstance(whole, ButterflyLinear | ButterflyMlp):
             levels = whole.factors if isinstance(whole, ButterflyLinear) else whole.levels
             factors |= {id(layer.weight): len(levels) for layer in levels.modules() if _is_block_linear(layer)}
     # d_in_dense / (d_in_block * n_factors), where d_in_dense = blocks * d_in_block
-    return {id(layer.weight): layer.weight.shape[0] / factors[id(layer.weight)] for layer in layers}
+    return {weight: count / factors[weight] for weight, count in blocks.items()}
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:

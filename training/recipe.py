@@ -54,7 +54,7 @@ class Optimizer:
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW, and what Muon leaves to it
     adamw_lr: float = 1e-3  # of what Muon leaves to AdamW: vectors, first and last layer
     block_lr_mult: float | Literal["auto"] = (
-        1.0  # of linear block factors; "auto": d_in_dense / (d_in_block * n_factors)
+        1.0  # of block factors and of convolutions in groups; "auto": d_in_dense / (d_in_block * n_factors)
     )
     clip_grad: float = 0.0  # largest norm of the gradient; 0: no clipping
 

@@ -46,13 +46,14 @@ def test_block_factors_take_larger_steps_and_are_decayed_as_much() -> None:
     for factor in ("mix.factors.0.linear.weight", "mix.factors.1.linear.weight"):
         assert groups[factor]["lr_scale"] == 64 / (8 * 2)
         assert groups[factor]["lr_scale"] * groups[factor]["weight_decay"] == pytest.approx(0.08)
-    assert groups["hidden.weight"]["lr_scale"] == 1
+    scales = {name: groups[name]["lr_scale"] for name in ("conv.weight", "depthwise.weight", "hidden.weight")}
+    assert scales == {"conv.weight": 2, "depthwise.weight": 1, "hidden.weight": 1}
     wide = groups_by_name(ButterflyLinear(64, 128, 8), Optimizer("adamw", 0.1, block_lr_mult="auto"))
     assert [wide[f"factors.{i}.linear.weight"]["lr_scale"] for i in (0, 1)] == [8 / 2, 16 / 2]
     mlp = groups_by_name(ButterflyMlp(256, 4, 2), Optimizer("adamw", 0.1, block_lr_mult="auto"))
     assert {group["lr_scale"] for name, group in mlp.items() if "weight" in name} == {64 / 4}
     groups = groups_by_name(Toy(), Optimizer("adamw", 0.1, block_lr_mult=3.0))
-    assert groups["mix.factors.0.linear.weight"]["lr_scale"] == 3
+    assert groups["mix.factors.0.linear.weight"]["lr_scale"] == groups["conv.weight"]["lr_scale"] == 3
 
 
 def test_muon_takes_hidden_matrices_and_each_block_is_one() -> None:
