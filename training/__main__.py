@@ -22,7 +22,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a TOML file.", show_default=False)],
     data: Annotated[Path, typer.Option(help="Folder of the data sets, or of this one.")] = Path("data"),
     runs: Annotated[Path, typer.Option(help="Folder that keeps the runs.")] = Path("runs"),
-    name: Annotated[str, typer.Option(help="The run's folder in RUNS; the recipe's name if not given.")] = "",
+    name: Annotated[
+        str, typer.Option(help="The run's folder in RUNS; if not given the recipe's name (for val NAME-val).")
+    ] = "",
     split: Annotated[Split, typer.Option(help="val: hold back training rows; full: test once.")] = Split.full,
     max_minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = math.inf,
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0: torch's choice.")] = 0,

@@ -154,7 +154,7 @@ def build_schedulers(
     schedulers: list[Scheduler] = []
     for optimizer in optimizers:
         common: dict[str, Any] = {
-            "t_initial": max(total - warmup, 1),
+            "t_initial": max(total - warmup, 2),  # timm warns of 1, and the first step of one fall is that of another
             "lr_min": schedule.final_lr * optimizer.defaults["lr"],
             "warmup_t": warmup,
             "warmup_prefix": True,

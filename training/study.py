@@ -120,6 +120,13 @@ def run_study(study: Study) -> Iterator[Record]:
         raise DimmixError("a study needs at least one seed", exit_code=2)
     if study.recipe.teacher:
         raise DimmixError(f"{study.recipe.path}: a study trains without a teacher; take [teacher] out", exit_code=2)
+    given = study.recipe.model.args
+    if given.get("order", "mlp_mixer") != "mlp_mixer" or "connections" in given:
+        raise DimmixError(
+            f"{study.recipe.path}: a study makes MLP-Mixers of --connections; take model.args.order and "
+            "model.args.connections out",
+            exit_code=2,
+        )
     if study.kind == "cost":
         if study.connections or study.gamma != 1:
             raise DimmixError("cost is of the paper's shapes: leave --connections and --gamma out", exit_code=2)

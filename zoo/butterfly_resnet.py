@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule, Level
 from .data_cfg import base_cfg
-from .layers import ConvNorm, ConvStem, gather_groups, native_stage, scatter_groups
+from .layers import ChannelTranspose, ConvNorm, ConvStem, gather_groups, native_stage, scatter_groups
 from .layers.eager import is_hooked, is_idle, part
 from .pretrained import build
 from .pretrained import default_cfgs as make_default_cfgs
@@ -103,6 +103,8 @@ class BlockMix(nn.Sequential):
         turn, back = native_stage.turn_of(self.gather), native_stage.turn_of(self.scatter)
         if turn is None or back is None or is_hooked(self) or type(self.block) is not BasicBlock:
             return None
+        if len(self) != 3 or back != (turn[0], turn[2], turn[1]):
+            return None
         return self.block.native_block(turn)
 
 
@@ -142,11 +144,12 @@ def _conv_mix(
     The two reach every channel if radix * first is at least the channels; the paper takes it equal, which is the
     default. A block that widens leaves the group count of its first convolution as it is.
     """
-    level = ButterflySchedule(out_chs, radix).levels[-1]
+    ButterflySchedule(out_chs, radix)  # refuses a radix that does not divide
     if first and (out_chs % first or in_chs % (out_chs // first)):
         raise ValueError(f"first_radix {first} does not divide the {in_chs} and {out_chs} channels of a block evenly")
     groups = (out_chs // (first or out_chs // radix), out_chs // radix, 1)
-    return BasicBlock(in_chs, out_chs, stride, groups, gather_groups(level, dd.get("device")), drop_path, **dd)
+    shuffle = ChannelTranspose(1, radix, out_chs // radix) if radix < out_chs else None
+    return BasicBlock(in_chs, out_chs, stride, groups, shuffle, drop_path, **dd)
 
 
 class ButterflyResNet(Trunk):
@@ -248,7 +251,7 @@ class ButterflyResNet(Trunk):
         if not {"embed", "leave"}.isdisjoint(self.__dict__):
             return None
         blocks_of = [module.kernel_blocks() if type(module) in (ConvStem, Stage) else [] for module in parts]
-        if not all(blocks_of):
+        if not all(blocks_of) or len(self.stem) != 2 * len(blocks_of[0]):
             return None
         together: list[native_stage.Block] = []
         for module, blocks in zip(parts, blocks_of, strict=True):

@@ -13,6 +13,7 @@ from .layers.block_linear import LevelView
 from .layers.butterfly_attention import ButterflyAttention
 from .layers.butterfly_conv import ChannelTranspose
 from .layers.patch_fold import PatchFold
+from .layers.permute import Permute
 from .patch_only_mixer import PatchStep
 from .profile import macs_by_module
 from .registry import dense_twin
@@ -22,14 +23,15 @@ from .registry import dense_twin
 class MixingLevel:
     """One layer that mixes groups of `radix` dimensions `stride` apart; of its n x n matrix `non_zero` is there.
 
-    Of a factor that widens or narrows, n and `radix` are those of the narrower side.
+    Of a factor that widens or narrows, n and `radix` are those of the narrower side. `stride` is None where a shuffle,
+    and no stride, says what a group is (`butterfly.Level.order`).
     """
 
     module: str
     mixes: str
     n: int
     radix: int
-    stride: int
+    stride: int | None
     groups: int
     non_zero: float
 
@@ -38,27 +40,31 @@ def mixing_levels(model: nn.Module) -> list[MixingLevel]:
     """The layers that mix in groups, in order: block-diagonal products, strided attention, grouped convolutions and
     patches, whose stride is that of their pixels, along the rows and along the columns."""
     levels = []
-    strides: dict[str, int] = {}
+    strides: dict[str, int | None] = {}
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, LevelView):
-            levels.append(_level(parent, "features", (module.groups, module.level[1], module.stride)))
+            shape = (module.groups, module.level[1], module.stride)
+            levels.append(_level(parent, "features", shape, module.permute is not None))
         elif isinstance(module, ButterflyAttention):
-            levels.append(_level(name, "tokens", module.level))
+            levels.append(_level(name, "tokens", module.level, module.permute is not None))
         elif isinstance(module, PatchStep):
             levels.append(_patches(name, module.fold))
-        elif isinstance(module, ChannelTranspose) and leaf in ("gather", "shuffle"):
-            strides[f"{parent}.block." if leaf == "gather" else f"{parent}.conv2."] = module.inner
+        elif isinstance(module, ChannelTranspose | Permute) and leaf in ("gather", "shuffle"):
+            stride = module.inner if isinstance(module, ChannelTranspose) else None
+            strides[f"{parent}.block." if leaf == "gather" else f"{parent}.conv2."] = stride
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             stride = next((stride for prefix, stride in strides.items() if name.startswith(prefix)), 1)
             radix = module.in_channels // module.groups
-            levels.append(_level(name, "channels", (module.groups // stride, radix, stride)))
+            shape = (module.groups // (stride or 1), radix, stride or 1)
+            levels.append(_level(name, "channels", shape, stride is None))
     return levels
 
 
-def _level(name: str, mixes: str, level: tuple[int, int, int]) -> MixingLevel:
+def _level(name: str, mixes: str, level: tuple[int, int, int], shuffled: bool) -> MixingLevel:
     groups, radix, stride = level
-    return MixingLevel(name, mixes, groups * radix * stride, radix, stride, groups, 1 / (groups * stride))
+    n, non_zero = groups * radix * stride, 1 / (groups * stride)
+    return MixingLevel(name, mixes, n, radix, None if shuffled else stride, groups, non_zero)
 
 
 def _patches(name: str, fold: PatchFold) -> MixingLevel:

@@ -119,7 +119,7 @@ class MaskedOperator(WideOperator):
 
     def _multiply(self, x: Tensor) -> Tensor:
         y = self.linear(x.reshape(-1, x.shape[-1]).t()).t() - self.linear.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _weight(self) -> Tensor:
         return self.linear.weight.detach()
@@ -127,11 +127,17 @@ class MaskedOperator(WideOperator):
 
 @dataclass(frozen=True)
 class WideLayer:
-    """One layer of a wide MLP: `operator`, `bias` (outputs,), and GELU or nothing."""
+    """One layer of a wide MLP: `operator`, the `bias` (outputs,) that `source` has at `places`, and GELU or nothing."""
 
     operator: WideOperator
-    bias: Tensor
+    source: nn.Linear | SparseLinear
+    places: Tensor
     activation: bool
+
+    @property
+    def bias(self) -> Tensor:
+        """(outputs,), as the source has it now."""
+        return self.source.bias[self.places]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -190,14 +196,14 @@ def _axis_layers(part: AxisMlp, tokens: int, channels: int) -> Iterator[WideLaye
         else:
             copies, before, after = tokens, commutation(tokens, inputs), commutation(outputs, tokens)
             last_tokens = tokens
-        bias = linear.bias.repeat(copies)
-        bias = bias if after is None else bias[after]
+        places = torch.arange(outputs).repeat(copies)
+        places = places if after is None else places[after]
         if i == 0 and isinstance(part.before, Shuffle):
             before = _then(_in_vec_order(part.before, tokens), before)
         if i == len(linears) - 1 and isinstance(part.after, Shuffle):
             shuffle = _in_vec_order(part.after, last_tokens)
-            after, bias = _then(after, shuffle), bias[shuffle]
-        yield WideLayer(KroneckerOperator(linear.weight, copies, before, after), bias, activation)
+            after, places = _then(after, shuffle), places[shuffle]
+        yield WideLayer(KroneckerOperator(linear.weight, copies, before, after), linear, places, activation)
 
 
 def _flat_layers(part: FlatMlp, tokens: int) -> Iterator[WideLayer]:
@@ -208,8 +214,8 @@ def _flat_layers(part: FlatMlp, tokens: int) -> Iterator[WideLayer]:
         before = commutation(tokens, part.channels) if i == 0 else None
         last = i == len(linears) - 1
         after = commutation(part.channels, linear.out_features // part.channels) if last else None
-        bias = linear.bias if after is None else linear.bias[after]
-        yield WideLayer(MaskedOperator(linear, before, after), bias, activation)
+        places = torch.arange(linear.out_features) if after is None else after
+        yield WideLayer(MaskedOperator(linear, before, after), linear, places, activation)
 
 
 def _linears(mlp: nn.Sequential) -> list[tuple[nn.Module, bool]]:

@@ -95,6 +95,15 @@ def test_a_recipe_with_a_teacher_is_refused(make_study):
         list(run_study(replace(study, recipe=replace(study.recipe, teacher=Teacher("teacher_cnn", "none")))))
 
 
+@pytest.mark.parametrize("args", [{"order": "s_mixer"}, {"connections": 100}])
+def test_a_recipe_of_other_models_than_the_study_compares_is_refused(make_study, args):
+    study = make_study("similarity", 64)
+    model = replace(study.recipe.model, args=study.recipe.model.args | args)
+    with pytest.raises(DimmixError, match=r"take model.args.order and model.args.connections out") as raised:
+        list(run_study(replace(study, recipe=replace(study.recipe, model=model))))
+    assert raised.value.exit_code == 2
+
+
 def test_too_many_images_too_few_connections_and_foreign_results_are_one_line(make_study, tmp_path):
     with pytest.raises(DimmixError, match="--images 100: 600 training rows"):
         list(run_study(make_study("depth", 64, images=100)))

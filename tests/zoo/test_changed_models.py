@@ -1,6 +1,9 @@
 """What a user changes in a model is seen by the kernels and the fast paths, or they leave the work to torch."""
 
 import io
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -14,7 +17,8 @@ from torch.nn.utils import parametrize, prune
 import dimmix
 from dimmix.butterfly_resnet import ButterflyResNet
 from dimmix.fuse import fuse
-from dimmix.layers import BlockLinear, MonarchMlp
+from dimmix.layers import BlockLinear, ButterflyMlp, DenseMlp, MonarchMlp
+from dimmix.layers.pointwise import Linear
 
 
 class Half(nn.Module):
@@ -241,6 +245,59 @@ def test_what_is_watched_or_made_in_its_call_is_not_folded(change):
     torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
     assert type(fused.blocks[0][0].conv1.bn) is nn.BatchNorm2d
     assert type(fused.blocks[0][0].conv2.bn) is nn.Identity
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch.func's own
+@torch.no_grad()
+def test_compiled_layers_have_derivatives_and_can_be_mapped():
+    torch.manual_seed(0)
+    mlp, (x, tangent) = ButterflyMlp(16, 4), torch.randn(2, 5, 16)
+    slope = torch.func.jvp(mlp, (x,), (tangent,))[1]
+    assert slope.abs().max() > 1e-3
+    compiled = torch.compile(mlp, backend="eager")
+    within = torch.compile(lambda x, t: torch.func.jvp(mlp, (x,), (t,))[1], backend="eager")
+    torch.testing.assert_close(within(x, tangent), slope)
+    torch.testing.assert_close(compiled(x), mlp(x))
+    torch.testing.assert_close(torch.func.vmap(compiled)(x), mlp(x))
+    torch.testing.assert_close(compiled(x), mlp(x))
+
+
+@torch.no_grad()
+def test_a_map_of_sparse_inputs_or_by_negated_weights_is_torchs():
+    linear, x = Linear(4, 4), torch.eye(4)
+    torch.testing.assert_close(linear(x.to_sparse()), linear(x))
+    expected = linear(x)
+    linear.weight.data = torch._neg_view(-linear.weight.data)
+    torch.testing.assert_close(linear(x), expected)
+
+
+@torch.no_grad()
+def test_an_mlp_may_give_other_features_than_it_takes():
+    mlp = DenseMlp(16)
+    mlp.fc2 = Linear(32, 8)
+    assert mlp(torch.randn(2, 5, 16)).shape == (2, 5, 8)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_a_new_thread_of_python_has_the_number_of_threads_that_was_set():
+    code = """
+import threading, torch
+from dimmix.layers import ButterflyMlp
+torch.set_num_threads(1)
+tasks = lambda: len(__import__("os").listdir("/proc/self/task"))
+def run():
+    before, layer, x = tasks(), LAYER, ROWS
+    with torch.no_grad():
+        layer(x)
+    print(tasks() - before)
+LAYER, ROWS = ButterflyMlp(64, 8), torch.randn(4096, 64)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "6"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["0"]
 
 
 def test_one_image_without_a_batch_is_refused():

@@ -107,6 +107,15 @@ def test_levels_with_a_residual_add_to_what_they_read_except_for_the_last(n, rad
         _close(layer(x), expected)
 
 
+@torch.no_grad()
+def test_no_rows_give_no_rows_of_as_many_features():
+    for layer in (ButterflyLinear(12, 12, 2), ButterflyLinear(12, 24, 2), ButterflyMlp(12, 2), ButterflyMlp(16, 4)):
+        n = layer.schedule.n
+        outputs = layer(torch.randn(1, n)).shape[1]
+        for shape in ((0,), (2, 0)):
+            assert layer(torch.randn(*shape, n)).shape == (*shape, outputs)
+
+
 @pytest.mark.parametrize(("n", "radix"), SIZES)
 def test_monarch_mlp_is_an_mlp_with_its_dense_equivalents(n, radix):
     layer = MonarchMlp(n, radix)

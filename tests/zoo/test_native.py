@@ -82,6 +82,19 @@ def test_attention_is_what_torch_makes_of_it(instructions, n, radix, dim):
         assert (actual - expected).abs().max() < 2e-6
 
 
+@torch.no_grad()
+def test_attention_refuses_what_is_no_whole_groups():
+    layer, q = ButterflyAttention(16, ButterflySchedule(16, 4).levels[1], 2), torch.randn(16, 16)
+    for images in (1, 2):  # two images of 24 tokens are three groups of 16, across images
+        with pytest.raises(ValueError, match="24 tokens are no groups of 4 that lie 4 apart"):
+            layer(torch.randn(images, 24, 16))
+    for k, v in ((q[:12], q), (q, q[:, :8])):
+        with pytest.raises(ValueError, match=r"not tokens in groups of 4, 4 apart"):
+            layer.attend(q, k, v)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+        layer.attend(q, q.double(), q)
+
+
 def test_queries_keys_and_values_may_lie_side_by_side(instructions):
     qkv = torch.randn(64, 3 * 24)
     parts = qkv.chunk(3, 1)
@@ -107,6 +120,7 @@ def test_gelu_near_zero_and_far_from_it(instructions):
             part.fc2.bias.zero_()
         x = torch.tensor([-30.0, -4.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 6.0, 1e4, 0.5, -0.5, 2.0]).view(3, 4)
         error = (layer(x) - nn.functional.gelu(x.double())).abs()
+        assert layer(torch.tensor([[-1e4, -1e8, -1e30, 1e30]])).tolist() == [[0, 0, 0, torch.tensor(1e30).item()]]
     assert (error / x.abs().clamp(min=1)).max() < 5e-7
 
 

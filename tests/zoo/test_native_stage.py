@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dimmix.butterfly_resnet import ButterflyResNet
 from dimmix.fuse import fuse
 from dimmix.layers import ConvNorm, ConvStem, native, native_stage
+from dimmix.layers.butterfly_conv import ChannelTranspose
 from dimmix.profile import count_macs
 
 pytestmark = pytest.mark.skipif(
@@ -123,6 +124,18 @@ def _altered():
     def normed_by_the_batch(stage):
         stage[1].conv2.bn = nn.BatchNorm2d(16, track_running_stats=False)
 
+    def without_running_statistics(stage):
+        stage[1].conv2.bn.running_mean = stage[1].conv2.bn.running_var = None
+
+    def normed_without_bias(stage):
+        stage[1].conv2.bn.bias = None
+
+    def normed_without_weight(stage):
+        stage[1].conv2.bn.weight = None
+
+    def with_one_more_module(stage):
+        stage[1].conv2.append(nn.Tanh())
+
     def learning(stage):
         stage[1].conv2.bn.train()
 
@@ -136,6 +149,10 @@ def _altered():
         pruned,
         replaced,
         normed_by_the_batch,
+        without_running_statistics,
+        normed_without_bias,
+        normed_without_weight,
+        with_one_more_module,
         learning,
         dropping,
     ]
@@ -172,6 +189,40 @@ def _altered_stems():
         stem[2].conv.stride = (3, 3)
 
     return [hooked_convolution, hooked_relu, without_its_first, without_a_convolution, another_activation, wider_steps]
+
+
+@pytest.mark.parametrize("alter", [lambda m: m.append(nn.Tanh()), lambda m: setattr(m, "scatter", nn.Identity())])
+def test_a_changed_block_of_block_mix_is_called(stages, alter):
+    stage, x = _model(mixing="block", radix=(4, 4, 8)).blocks[0], torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        expected = stage(x)
+        alter(stage[1])
+        assert not torch.equal(stage(x), expected)
+    assert stages == [2]
+
+
+def test_what_is_added_behind_a_stem_is_called(stages):
+    model, x = _model(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        model.stem.append(nn.Tanh())
+        altered = model(x)
+        with native.switched_off():
+            assert (altered - model(x)).abs().max() < 1e-5
+    assert not torch.equal(altered, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_middle_of_a_block_may_be_the_widest(instructions, stages, stride):
+    stage = _model(depths=(1, 1), radix=(4, 8)).blocks[stride - 1]
+    block, (c, out) = stage[0], ((16, 16), (16, 32))[stride - 1]
+    block.conv1, block.conv2 = ConvNorm(c, 8 * c, 3, stride).eval(), ConvNorm(8 * c, out, 3).eval()
+    block.shuffle = nn.Identity()
+    x = torch.randn(2, c, 16, 16)
+    y = stage(x)
+    assert stages == [1]
+    assert _relative(y, stage.double()(x.double())) < 1e-5
 
 
 @pytest.mark.parametrize("alter", _altered_stems(), ids=lambda alter: alter.__name__)
@@ -272,6 +323,11 @@ def test_convolutions_that_do_not_fit_each_other_are_refused():
         stage = _model().blocks[0]
         another(stage, name, *shape)
         with pytest.raises(ValueError, match="other channels"):
+            stage(torch.randn(1, 16, 8, 8))
+    for turn in ((1, 5, 5), (1, 2, 4), (4, 4, 4), (2, 0, 0)):
+        stage = _model().blocks[0]
+        stage[1].shuffle = ChannelTranspose(*turn)
+        with pytest.raises(ValueError, match="permutation takes other channels"):
             stage(torch.randn(1, 16, 8, 8))
 
 

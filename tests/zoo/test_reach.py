@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dimmix.butterfly import ButterflySchedule
+from dimmix.butterfly_resnet import ButterflyResNet
 from dimmix.layers import ButterflyAttention, ButterflyLinear, ButterflyMlp, gather_groups, scatter_groups
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -51,13 +52,13 @@ def _channel_reach(model, channels):
     return torch.stack(rows) != 0
 
 
-@pytest.mark.parametrize(("channels", "radix"), [(32, 8), (64, 8), (24, 6)])
+@pytest.mark.parametrize(("channels", "radix"), [(32, 8), (64, 8), (24, 6), (20, 4), (48, 3), (12, 2)])
 def test_conv_mix_reaches_every_channel_with_its_second_convolution_and_not_before(channels, radix):
-    level = ButterflySchedule(channels, radix).levels[-1]
-    first = nn.Conv2d(channels, channels, 3, padding=1, groups=radix)  # groups of channels / radix, as in the paper
-    second = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // radix)
-    assert _channel_reach(nn.Sequential(first, gather_groups(level), second), channels).all()
-    assert not _channel_reach(nn.Sequential(first, gather_groups(level)), channels).all()
+    block = ButterflyResNet(depths=(1,), width=channels, radix=(radix,)).blocks[0][0]
+    first, shuffle, second = block.conv1.conv, block.shuffle, block.conv2.conv
+    assert (first.groups, second.groups) == (radix, channels // radix)  # groups of channels / radix, as in the paper
+    assert _channel_reach(nn.Sequential(first, shuffle, second), channels).all()
+    assert not _channel_reach(nn.Sequential(first, shuffle), channels).all()
     assert not _channel_reach(nn.Sequential(first, second), channels).all()
 
 

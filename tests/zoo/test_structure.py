@@ -2,7 +2,11 @@
 
 import pytest
 import timm
+from torch import nn
 
+from dimmix.butterfly import ButterflySchedule
+from dimmix.butterfly_resnet import ButterflyResNet
+from dimmix.layers import ButterflyAttention, ButterflyMlp
 from dimmix.profile import count_macs
 from dimmix.structure import macs_against_dense, mixing_levels
 
@@ -32,6 +36,15 @@ def test_a_mixer_mixes_tokens_and_channels():
         ("features", 121, 11, 1, 11),
         ("features", 121, 11, 11, 1),
     ]
+
+
+def test_shuffled_levels_have_no_stride():
+    model = ButterflyResNet(width=20, radix=(4, 4, 8), mixing="block", num_classes=10)
+    found = [(level.radix, level.stride, level.groups) for level in mixing_levels(model)]
+    assert found[:6] == [(4, 1, 5)] * 2 + [(4, None, 5)] * 4
+    assert [level.stride for level in mixing_levels(ButterflyMlp(12, 2))][-1] is None
+    attention = ButterflyAttention(8, ButterflySchedule(12, 2).levels[-1], 1)
+    assert [level.stride for level in mixing_levels(nn.Sequential(attention))] == [None]
 
 
 def test_patches_are_groups_too():

@@ -40,6 +40,19 @@ def test_the_wide_mlp_on_vec_x_equals_every_mixing_layer(order, mixing, tokens):
         x = block(x)
 
 
+@pytest.mark.parametrize("mixing", ["mixer", "rp", "sparse"])
+def test_the_wide_mlp_shares_weights_and_biases(mixing):
+    block = _model(mixing=mixing, tokens=None).blocks[1]
+    x, wide = torch.randn(3, S0, C, dtype=torch.float64), effective_mlp(block)
+    with torch.no_grad():
+        for parameter in block.mix.parameters():
+            parameter.normal_()
+    assert (unvec(wide(vec(x)), S0) - block.mix(x)).abs().max() < 1e-12
+    wide(vec(x)).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in block.mix.parameters())
+    assert wide(vec(x[:0])).shape == (0, S0 * C)
+
+
 def _first_operator(block):
     return effective_mlp(block).layers[0].operator
 

@@ -248,13 +248,12 @@ class LevelView(nn.Module):
         Left in four axes, or three where groups or stride is 1, because only a copy could flatten them: the next
         `split`, or a sum, reads it where it lies.
         """
-        rows = x.shape[-1]
+        block, rows = x.shape[1:]
         if self.groups == 1:
             x = x.transpose(0, 1)
         elif self.stride > 1:
             x = x.unflatten(0, [self.groups, self.stride]).transpose(1, 2)
         if self.permute is not None:
-            block = x.numel() // max(self.blocks * rows, 1)
             x = self.permute.undo(x.reshape(self.n, -1)).reshape(self.groups, block, self.stride, rows)
         return x
 

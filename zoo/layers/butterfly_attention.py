@@ -68,8 +68,14 @@ class ButterflyAttention(nn.Module):
         self.permute = None if level.order is None else Permute(list(level.order), dim=1, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """(B, N, C) -> (B, N, C).
+
+        Raises:
+            ValueError: N is not a multiple of radix * stride.
+        """
         B, N, C = x.shape
+        if N % (self.radix * self.level[2]):
+            raise ValueError(f"{N} tokens are no groups of {self.radix} that lie {self.level[2]} apart")
         if self.permute is not None:
             x = self.permute(x)
         q, k, v = self.queries_keys_values(x.reshape(B * N, C))
@@ -119,7 +125,7 @@ class ButterflyAttention(nn.Module):
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
-            if self.radix <= native.LONGEST and native.takes(q):
+            if self.radix <= native.LONGEST and native.takes(q) and native.takes(k) and native.takes(v):
                 return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
             if self.as_onnx_operator and torch.compiler.is_exporting() and self.radix <= SMALL_GROUP:
                 return self._attend_in_onnx(q, k, v)

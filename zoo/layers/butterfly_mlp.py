@@ -53,7 +53,7 @@ class DenseMlp(FeatureMixer):
         if not torch.jit.is_scripting():
             y = self.mix_natively(x.flatten(0, -2).t(), True)
             if y is not None:
-                return y.view(x.shape)
+                return y.view(x.shape[:-1] + y.shape[-1:])
         return self.fc2(self.drop(F.gelu(self.fc1(x))))
 
 

@@ -96,13 +96,12 @@ def takes(x: Tensor) -> bool:
         return False
     if _is_transformed() or all_are_hooked():
         return False
-    return type(x) in _PLAIN and x.dtype == torch.float32 and x.numel() > 0
+    return type(x) in _PLAIN and x.dtype == torch.float32 and x.layout == torch.strided and x.numel() > 0
 
 
+@torch.compiler.assume_constant_result  # compiled code is guarded by what goes along already
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -137,6 +136,8 @@ def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
     if weight is None:
         return True
     plain = type(weight) in _PLAIN and weight.dtype == torch.float32 and weight.is_cpu
+    if not torch.compiler.is_compiling():  # which cannot ask
+        plain = plain and not weight.is_neg()
     return plain and (strided or weight.is_contiguous())
 
 
@@ -173,7 +174,14 @@ def lists_of(steps: Sequence[Step]) -> tuple[list[Tensor | None], list[int]]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
-    """q, k and v of tokens, (B * N, C) each -> attention inside groups of `radix` tokens `stride` apart, (B * N, C)."""
+    """q, k and v of tokens, (B * N, C) each -> attention inside groups of `radix` tokens `stride` apart, (B * N, C).
+
+    Raises:
+        ValueError: they differ in shape, or are no whole groups or heads.
+    """
+    if not q.shape == k.shape == v.shape or q.shape[0] % (radix * stride) or q.shape[1] % heads:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"{shapes}: not tokens in groups of {radix}, {stride} apart, with {heads} heads")
     return _attend_operator(q, k, v, radix, stride, heads)
 
 
@@ -194,6 +202,7 @@ def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], fea
     if 1 not in x.stride():
         x = x.contiguous()
     y = _empty(x, shapes, features_last)
+    torch.get_num_threads()  # a new thread of Python has the number that was set from the first time it asks
     strides = (1, y.shape[1]) if features_last else (y.shape[1], 1)
     _native.mix(x.data_ptr(), *x.stride(), y.data_ptr(), *strides, x.shape[1], shapes, addresses(weights))
     return y
@@ -209,6 +218,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tokens, channels = q.shape
     out = q.new_empty(tokens, channels)
+    torch.get_num_threads()  # as in `_mix`
     _native.attend(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), tokens, radix, stride, heads, channels // heads,
         q.stride(0),

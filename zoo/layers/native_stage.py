@@ -62,7 +62,7 @@ def turn_of(module: nn.Module) -> Turn | None:
 
 def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution | None:
     """A ConvNorm as the kernel reads it; None where a part is not as it was built or fused, and has to be called."""
-    if type(module) is not ConvNorm or is_hooked(module):
+    if type(module) is not ConvNorm or is_hooked(module) or len(module) != 2:
         return None
     conv, norm = part(module, "conv"), part(module, "bn")
     if type(conv) is not nn.Conv2d or is_hooked(conv) or is_hooked(norm):
@@ -79,6 +79,8 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
     if type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats:
         tensors = (weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         epsilon = norm.eps
+        if any(tensor is None for tensor in tensors[2:]):
+            return None
     elif type(norm) is not nn.Identity:
         return None
     out, width, *sides = weight.shape

@@ -211,7 +211,8 @@ static long stage_buffer(const Stage &s) {
     long most = s.channels * Planes{nullptr, s.height, s.width}.pitch();
     each_block(s, [&](const Block &b, const Planes &, const Planes &in, long channels) {
         const long phases = b.stride == 2 ? 4 * channels : 0, out = channels_of(b);
-        const long planes = phases > out ? phases : out;
+        const long wider = b.first.out > out ? b.first.out : out;  // what lies between two convolutions may be the most
+        const long planes = phases > wider ? phases : wider;
         if (planes * in.pitch() > most) most = planes * in.pitch();
     });
     return most;

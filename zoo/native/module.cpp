@@ -259,12 +259,16 @@ static PyObject *py_branches(PyObject *, PyObject *args) {
     return PyErr_Occurred() ? nullptr : answer(enough);
 }
 
-// Whether each convolution takes the channels that it is given, and what is added has as many.
+// Whether each convolution and each turn takes the channels that it is given, and what is added has as many.
 static bool fits(long channels, const Block *blocks, long count) {
     const auto takes = [](const Convolution &c, long given) { return c.groups * c.width == given; };
+    const auto turns = [](const long *turn, long given) {
+        const bool none = turn[0] == 1 && turn[1] == 1 && turn[2] == 1;
+        return none || (turn[0] > 0 && turn[1] > 0 && turn[2] > 0 && turn[0] * turn[1] * turn[2] == given);
+    };
     for (long i = 0; i < count; i++) {
         const Block &b = blocks[i];
-        if (!takes(b.first, channels)) return false;
+        if (!takes(b.first, channels) || !turns(b.turn, channels)) return false;
         if (!b.second.weight) {
             channels = b.first.out;
             continue;
@@ -272,6 +276,7 @@ static bool fits(long channels, const Block *blocks, long count) {
         const bool same = b.shortcut.weight ? takes(b.shortcut, channels) && b.shortcut.out == b.second.out
                                             : b.stride == 1 && b.second.out == channels;
         if (!same || !takes(b.second, b.first.out)) return false;
+        if (!turns(b.turn_middle, b.first.out) || !turns(b.turn, b.second.out)) return false;
         channels = b.second.out;
     }
     return true;
@@ -316,7 +321,7 @@ static PyObject *py_stage(PyObject *, PyObject *args) {
     }
     if (PyErr_Occurred()) return nullptr;
     if (!fits(s.channels, blocks, s.count)) {
-        PyErr_SetString(PyExc_ValueError, "stage: a convolution takes other channels than it is given");
+        PyErr_SetString(PyExc_ValueError, "stage: a convolution or a permutation takes other channels than it is given");
         return nullptr;
     }
     s.x = (const float *)x, s.y = (float *)y, s.blocks = blocks;

@@ -79,8 +79,8 @@ INLINE Vector gelu(Vector x) {
     return x * 0.5f + size * p;
 }
 #else
-// erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8. A least-squares fit whose weights were moved until
-// the largest error was smallest, 4.3e-8 before rounding.
+// erf(z) = z P(z^2) / Q(z^2) up to |z| = 3.92, where it is 1 to 3e-8, and 1 from there: 3e-8 of a large x is no small
+// number. A least-squares fit whose weights were moved until the largest error was smallest, 4.3e-8 before rounding.
 INLINE Vector gelu(Vector x) {
     const Vector z = at_least(at_most(x * 0.70710678f, 3.92f), -3.92f);
     const Vector u = z * z;
@@ -96,8 +96,10 @@ INLINE Vector gelu(Vector x) {
     q = q * u + 1.17563720e-1f;
     q = q * u + 5.15990963e-1f;
     q = q * u + 1.0f;
+    const Integers far = u >= 3.92f * 3.92f, sign = (Integers)x & (int)0x80000000;
+    const Integers erf = ((Integers)(z * p / q) & ~far) | (((Integers)all(1.0f) | sign) & far);
     const Vector half = x * 0.5f;
-    return half * (z * p / q) + half;
+    return half * (Vector)erf + half;
 }
 #endif
 
