@@ -104,7 +104,7 @@ def _is_block_linear(module: nn.Module) -> TypeGuard[BlockLinear]:
 
 def _is_grouped(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a convolution mixes channels in groups; a depthwise one mixes none."""
-    return isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels
+    return isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels
 
 
 def _block_lr_scales(model: nn.Module, recipe: Optimizer) -> dict[int, float]:

@@ -251,7 +251,7 @@ class ButterflyResNet(Trunk):
         if not {"embed", "leave"}.isdisjoint(self.__dict__):
             return None
         blocks_of = [module.kernel_blocks() if type(module) in (ConvStem, Stage) else [] for module in parts]
-        if not all(blocks_of) or len(self.stem) != 2 * len(blocks_of[0]):
+        if not all(blocks_of) or len(self.stem._modules) != 2 * len(blocks_of[0]):
             return None
         together: list[native_stage.Block] = []
         for module, blocks in zip(parts, blocks_of, strict=True):

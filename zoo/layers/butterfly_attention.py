@@ -74,8 +74,8 @@ class ButterflyAttention(nn.Module):
             ValueError: N is not a multiple of radix * stride.
         """
         B, N, C = x.shape
-        if N % (self.radix * self.level[2]):
-            raise ValueError(f"{N} tokens are no groups of {self.radix} that lie {self.level[2]} apart")
+        if not torch.jit.is_scripting():
+            self._check(N)
         if self.permute is not None:
             x = self.permute(x)
         q, k, v = self.queries_keys_values(x.reshape(B * N, C))
@@ -83,6 +83,14 @@ class ButterflyAttention(nn.Module):
         if self.permute is not None:
             x = self.permute.undo(x)
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.unused
+    def _check(self, tokens: int) -> None:
+        """Raises ValueError for groups that would reach into the next image; what is traced goes unchecked."""
+        if isinstance(tokens, torch.fx.Proxy | Tensor) or torch.compiler.is_exporting():
+            return
+        if tokens % (self.radix * self.level[2]):
+            raise ValueError(f"{tokens} tokens are no groups of {self.radix} that lie {self.level[2]} apart")
 
     @torch.jit.unused
     def branch(self, norm: native.Norm | None) -> Branch | None:
@@ -125,7 +133,7 @@ class ButterflyAttention(nn.Module):
         """q, k and v of every token, (B * N, C) -> what each token attends to, (B * N, C)."""
         shape = q.shape
         if not torch.jit.is_scripting():  # an `if` of its own, or TorchScript would read the next one
-            if self.radix <= native.LONGEST and native.takes(q) and native.takes(k) and native.takes(v):
+            if self.radix <= native.LONGEST and native.takes(q) and q.dtype == k.dtype == v.dtype:
                 return native.attend(q, k, v, self.radix, self.level[2], self.num_heads)
             if self.as_onnx_operator and torch.compiler.is_exporting() and self.radix <= SMALL_GROUP:
                 return self._attend_in_onnx(q, k, v)

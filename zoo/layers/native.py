@@ -99,7 +99,7 @@ def takes(x: Tensor) -> bool:
     return type(x) in _PLAIN and x.dtype == torch.float32 and x.layout == torch.strided and x.numel() > 0
 
 
-@torch.compiler.assume_constant_result  # compiled code is guarded by what goes along already
+@torch.compiler.assume_constant_result  # torch.func guards what is compiled; for dual tensors there is `refuse_tangent`
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -136,8 +136,6 @@ def is_plain(weight: Tensor | None, strided: bool = False) -> bool:
     if weight is None:
         return True
     plain = type(weight) in _PLAIN and weight.dtype == torch.float32 and weight.is_cpu
-    if not torch.compiler.is_compiling():  # which cannot ask
-        plain = plain and not weight.is_neg()
     return plain and (strided or weight.is_contiguous())
 
 
@@ -199,6 +197,7 @@ def _empty(x: Tensor, shapes: Sequence[int], features_last: bool) -> Tensor:
 
 
 def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], features_last: bool) -> Tensor:
+    refuse_tangent(x)
     if 1 not in x.stride():
         x = x.contiguous()
     y = _empty(x, shapes, features_last)
@@ -208,12 +207,19 @@ def _mix(x: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[int], fea
     return y
 
 
+def refuse_tangent(x: Tensor) -> None:
+    """Raises RuntimeError for a dual tensor, which only what was compiled for plain ones brings here."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError("compiled for tensors without tangents; compile anew, or set DIMMIX_NATIVE=0")
+
+
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """Where tensors lie in memory, 0 for None."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, radix: int, stride: int, heads: int) -> Tensor:
+    refuse_tangent(q)
     if not (q.stride() == k.stride() == v.stride() and q.stride(1) == 1):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tokens, channels = q.shape

@@ -142,6 +142,7 @@ def _branches(
     norms: Sequence[Tensor | None],
     epsilons: list[float],
 ) -> Tensor:
+    native.refuse_tangent(x)
     x = x.contiguous()
     y = torch.empty_like(x)
     images, tokens, channels, height = _sizes(x.shape)

@@ -77,10 +77,10 @@ def convolution_of(module: nn.Module, kernel: int, stride: int) -> Convolution |
     tensors: tuple[Tensor | None, ...] = (weight, conv.bias, None, None, None, None)
     epsilon = 0.0
     if type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats:
-        tensors = (weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        epsilon = norm.eps
-        if any(tensor is None for tensor in tensors[2:]):
+        gamma, beta, mean, variance = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if gamma is None or beta is None or mean is None or variance is None:
             return None
+        tensors, epsilon = (weight, conv.bias, gamma, beta, mean, variance), norm.eps
     elif type(norm) is not nn.Identity:
         return None
     out, width, *sides = weight.shape
@@ -189,6 +189,7 @@ def _empty(x: Tensor, shapes: Sequence[int]) -> Tensor:
 
 
 def _stage(x: Tensor, tensors: Sequence[Tensor | None], shapes: list[int], epsilons: list[float]) -> Tensor:
+    native.refuse_tangent(x)
     y = _empty(x, shapes)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     native._native.stage(
