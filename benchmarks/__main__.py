@@ -138,7 +138,6 @@ def run_on_gpu(plan: Plan, device: torch.device) -> dict[str, list[dict[str, Any
 
 def write(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """One JSON file a subject, with the machine, and the plots."""
-    folder.mkdir(parents=True, exist_ok=True)
     machine = describe()
     for subject, records in results.items():
         text = json.dumps({"machine": machine, "records": records}, indent=1) + "\n"
@@ -160,6 +159,12 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     alone.add_argument("--all", action="store_true", help="every model compiled, in bfloat16 and in training too")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {FOLDER}; with --quick: none)")
     options = parser.parse_args(arguments)
+    folder = options.out or (None if options.quick else FOLDER)
+    if folder:  # before anything is measured
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {folder}: {error.strerror}")
     torch.manual_seed(0)
     if options.gpu:
         if not torch.cuda.is_available():
@@ -167,7 +172,6 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
         results = run_on_gpu(plan or ON_GPU, torch.device("cuda"))
     else:
         results = run(plan or (QUICK if options.quick else full_plan(options.all)))
-    folder = options.out or (None if options.quick else FOLDER)
     if folder:
         write(results, folder)
     for records in results.values():

@@ -12,6 +12,13 @@ from dimmix.layers import native
 from dimmix.processor import processor
 
 
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """Processor, cores and threads in use, and the versions that matter."""
     names = ("torch", "timm", "onnxruntime", "numpy")
@@ -23,6 +30,6 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from dimmix.files import write_atomically
 
 from .errors import CheckpointError
-from .hub import fetch_config
+from .hub import fetch_card, fetch_config
 from .lookup import find, find_card, split_hub_name
 
 
@@ -13,7 +13,7 @@ def download(name: str, folder: Path | None = None) -> Path:
     """The verified weights of `name`, fetched unless they are here; the copy's path if they are copied to `folder`.
 
     A checkpoint of this release is copied as `NAME.safetensors` with its card beside it. A repository brings its
-    `config.json`, and is copied as a folder that `local-dir:` loads.
+    `config.json` and, where it has one, its card, and is copied as a folder that `local-dir:` loads.
 
     Raises:
         DimmixError: it cannot be had, or a copy cannot be written, or would replace another file.
@@ -21,11 +21,13 @@ def download(name: str, folder: Path | None = None) -> Path:
     weights = find(name)
     repository, revision = split_hub_name(name)
     config = fetch_config(repository, revision) if repository else None
+    own_card = fetch_card(repository, revision) if repository else None
     if folder is None:
         return weights
     if repository and config:
         folder /= repository.replace("/", "--")
-        _copy(config.read_bytes(), folder / config.name)
+        for path in filter(None, (config, own_card)):
+            _copy(path.read_bytes(), folder / path.name)
         return _copy(weights.read_bytes(), folder / weights.name)
     card = find_card(name)
     if card is None:

@@ -14,6 +14,7 @@ from .errors import CheckpointError, DamagedError
 from .header import file_sha256, verify
 
 WEIGHTS = "model.safetensors"
+CARD = "model.json"  # beside them, as every card lies beside its weights
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar")
 CONVERT = (
     "a pickle, which can run code when it is loaded; where you trust it, convert it once: "
@@ -84,6 +85,19 @@ def fetch_config(repository: str, revision: str | None = None, cache_dir: str | 
         CheckpointError: there is none, or it cannot be had.
     """
     return _download_checked(repository, "config.json", revision, cache_dir, _check_stated)
+
+
+def fetch_card(repository: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+    """The card of a repository's weights, in the Hub's cache beside them; None where it has none or does not answer."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with one_line(repository, revision):
+            return Path(
+                hf_hub_download(repository, CARD, revision=revision, cache_dir=cache_dir, library_name="dimmix")
+            )
+    except CheckpointError:
+        return None
 
 
 def cached(

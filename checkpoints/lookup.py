@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .card import Card, cards, hub_id
 from .errors import CheckpointError
-from .header import verify
-from .hub import CONVERT, PICKLES, WEIGHTS, fetch
+from .header import file_sha256, verify
+from .hub import CONVERT, PICKLES, WEIGHTS, fetch, fetch_card
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 LOCAL_PREFIX = "local-dir:"
@@ -96,6 +96,17 @@ def find_card(name: str) -> Card | None:
     """The bundled card called `name`, or the first one of the architecture `name`."""
     bundled = cards()
     return bundled.get(name) or next((card for card in bundled.values() if card.architecture == name), None)
+
+
+def card_beside(name: str, weights: Path) -> Card | None:
+    """The card that came with `weights`, found as `hf-hub:org/name` or `local-dir:FOLDER`; None if it is of others."""
+    repository, revision = split_hub_name(name)
+    try:
+        path = fetch_card(repository, revision) if repository else weights.with_suffix(".json")
+        card = Card.read(path) if path and path.is_file() else None
+        return card if card and card.sha256 == file_sha256(weights) else None
+    except CheckpointError:  # another file of that name
+        return None
 
 
 def _suggestion(name: str) -> str:

@@ -12,10 +12,8 @@ from dimmix.files import new_folder
 from .card import Card
 from .errors import CheckpointError
 from .header import verify
-from .hub import WEIGHTS, one_line
+from .hub import CARD, WEIGHTS, one_line
 from .lookup import find, find_card, split_hub_name
-
-CARD = "model.json"  # beside model.safetensors, as every card lies beside its weights
 
 
 def open_source(name: str) -> tuple[Card, Path]:

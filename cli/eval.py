@@ -32,7 +32,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A folder of class folders, a .parquet file or folder of them, hf://org/dataset, a CIFAR archive.",
+            help="A folder of class folders, a .parquet file or folder of them, hf://org/dataset[/config][@revision], "
+            "a CIFAR archive.",
         ),
     ],
     *,

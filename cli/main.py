@@ -62,7 +62,9 @@ def _options(
 def _with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is a warning, before our one line
+        # Else each retry is a warning, and a broken file an error of its own, before our one line.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         if kwargs.get("quiet") or not sys.stderr.isatty():
             # The Hub's libraries draw bars of their own, and read this when they are imported.
             os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

@@ -80,7 +80,9 @@ def _attention() -> str:
 def _processors() -> str:
     """The ratios that have a mark, in float32, on the processor of this run and on those that have a folder."""
     folders = [FOLDER, *sorted(path for path in FOLDER.iterdir() if path.is_dir())]
-    columns = {_read("linear", folder)["machine"]["processor"]: _marked(folder) for folder in folders}
+    columns: dict[str, dict[str, tuple[float, float]]] = {}
+    for folder in folders:  # what stands first is this run, on a processor that has a folder too
+        columns.setdefault(_read("linear", folder)["machine"]["processor"], _marked(folder))
     ours = next(iter(columns.values()))
     records = [{"work": work, "reach": reach} for work, (reach, _) in ours.items()]
 

@@ -86,7 +86,8 @@ people, medicine, safety or surveillance. Calibration holds for images like the 
 
 CIFAR-10 and CIFAR-100, official splits, no other data. The copy of CIFAR-10 that was used holds 971 of its 60,000
 images (798 train, 173 test, nearly all ships) as JPEG of quality 75; every other pixel is the original. CIFAR-100 is
-the original. Where hyper-parameters or epochs were compared, it was on the last 5,000 training images.
+the original. Hyper-parameters and epochs were chosen on the last 5,000 training images. Where whole recipes were
+compared on the test set afterwards, [docs/models.md](docs/models.md) gives every figure.
 
 ## Training
 

@@ -140,7 +140,8 @@ class Run:
                     self._seed(self.steps + position.step)  # a view comes again, but not what dropout leaves out of it
                 loss = learner.update(x, target, position.step, taught).item()
                 late = time.monotonic() - started > 60 * self.options.max_minutes
-                loss, stop = self.processes.agree(loss, late or bool(signals))
+                loss, late, self.stopped_by = self.processes.agree(loss, late, signals[0] if signals else 0)
+                stop = late or bool(self.stopped_by)
                 if not math.isfinite(loss):
                     raise self._diverged(f"the loss is {loss}")
                 position.step += 1
@@ -152,7 +153,6 @@ class Run:
                 elif stop:
                     self._save()
                 if stop:
-                    self.stopped_by = signals[0] if signals else 0
                     return position.step == self.steps
         return True
 

@@ -23,23 +23,30 @@ class Processes:
         """`model` with gradients averaged over the processes."""
         return DistributedDataParallel(model) if self.count > 1 else model
 
-    def agree(self, loss: float, stop: bool) -> tuple[float, bool]:
-        """The mean loss (not finite if any is not), and whether any process wants to stop."""
+    def agree(self, loss: float, late: bool, signal: int) -> tuple[float, bool, int]:
+        """The mean loss (not finite if any is not), whether it is late for any process, and the signal that any got."""
         if self.count == 1:
-            return loss, stop
-        votes = torch.tensor([loss, float(stop)], dtype=torch.float64, device=self.device)
+            return loss, late, signal
+        votes = torch.zeros(self.count, 3, dtype=torch.float64)
+        votes[self.rank] = torch.tensor([loss, late, signal], dtype=torch.float64)
+        votes = votes.to(self.device)
         dist.all_reduce(votes)
-        return votes[0].item() / self.count, votes[1].item() > 0
+        losses, lates, signals = votes.unbind(1)
+        return losses.mean().item(), bool(lates.any()), int(signals.max())
 
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """The group that torchrun's environment describes, or this process alone. `device` "auto" takes a GPU if any."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    count = _count()
+    """The group that torchrun's environment describes, or this process alone. `device` "auto" takes a GPU if any.
+
+    Raises:
+        DimmixError: no such device, or more processes than GPUs.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), _count()
     if device == "auto":
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        device = _own_gpu(device)
     try:
         chosen = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -56,6 +63,18 @@ def join_processes(device: str) -> Iterator[Processes]:
         yield Processes(rank, count, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _own_gpu(device: str) -> str:
+    """The GPU of this process, one of those that torchrun started on this machine: two cannot share one."""
+    local_rank, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if beside == 1:
+        return device
+    if device != "cuda":
+        raise DimmixError(f"--device {device}: {beside} processes need a GPU each; say cuda", exit_code=2)
+    if torch.cuda.is_available() and beside > torch.cuda.device_count():
+        raise DimmixError(f"--device cuda: {beside} processes, and {torch.cuda.device_count()} GPUs", exit_code=2)
+    return f"cuda:{local_rank}"
 
 
 def started_by() -> str:

@@ -184,11 +184,6 @@ class ButterflyMixer(Trunk):
         return x.transpose(0, 1)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoints are stored under the model's own names."""
-    return state_dict
-
-
 _PAPER = {
     "patch_size": 4,
     "embed_dim": 121,
@@ -250,8 +245,7 @@ default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.it
 
 
 def _create_butterfly_mixer(variant: str, pretrained: bool = False, **kwargs: Any) -> ButterflyMixer:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    return build(ButterflyMixer, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+    return build(ButterflyMixer, variant, pretrained, **kwargs)
 
 
 register_variants(__name__, _create_butterfly_mixer, VARIANTS)

@@ -11,8 +11,8 @@ three stages of widths w, 2w, 4w, two 3x3 convolutions a block.
 Differs from the paper: the model works in channels_last, which grouped convolutions want on a CPU. In block-mix a stage
 keeps the number of groups that its input has, as the paper's parameter counts show, so a stage that doubles its
 channels has groups of 2a from its second block on; here the levels step by the groups the convolutions have, 2a, in the
-paper's code by a. The variants without a depth in their name are ours: groups of the same size, most of 16 channels and
-more, in both convolutions, and a stem that downsamples for larger inputs.
+paper's code by a. The variants without a depth in their name are ours: conv-mix but for `fast_blockmix`, most groups of
+16 channels and more, and a stem that downsamples in `fast` and for larger inputs.
 """
 
 from typing import Any
@@ -168,7 +168,8 @@ class ButterflyResNet(Trunk):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Raises:
-        ValueError: unknown `mixing`, a radix that does not divide its stage's channels, or one for other stages.
+        ValueError: unknown `mixing`, a radix that does not divide its stage's channels, or one for other stages, a
+            `stem_stride` that is no power of two.
     """
 
     def __init__(
@@ -274,11 +275,6 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoints are stored under the model's own names."""
-    return state_dict
-
-
 # Ours: both convolutions of a block in groups of the same size, 16 to 32 channels where there are enough.
 _NANO = {"width": 32, "radix": (8, 16, 16), "first_radix": (8, 16, 16)}
 _TINY = {"width": 64, "radix": (16, 16, 16), "first_radix": (16, 16, 16)}
@@ -336,7 +332,7 @@ default_cfgs = make_default_cfgs({name: _cfg(name, args) for name, args in VARIA
 
 def _create_butterfly_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ButterflyResNet:
     feature_cfg = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
-    return build(ButterflyResNet, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+    return build(ButterflyResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 register_variants(__name__, _create_butterfly_resnet, VARIANTS)

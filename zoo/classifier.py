@@ -37,7 +37,11 @@ class Result:
 
 
 def default_model() -> str:
-    """The bundled checkpoint with the best CIFAR-100 top-1, or without one the best on CIFAR-10."""
+    """The bundled checkpoint with the best CIFAR-100 top-1, or without one the best on CIFAR-10.
+
+    Raises:
+        DimmixError: none is bundled.
+    """
     found = cards().values()
     if not found:
         raise DimmixError("no checkpoint comes with this installation: name a model")
@@ -115,6 +119,9 @@ class Classifier:
         """Pooled features before the classifier: (num_features,) for one image, (B, num_features) for several.
 
         Of no images an array of no rows and no columns.
+
+        Raises:
+            ImageError: one of them cannot be read.
         """
         if single := self._is_single(images):
             images = [images]

@@ -58,7 +58,8 @@ class LabelledImages:
 def open_dataset(
     data: str, *, split: str | None = None, image_column: str | None = None, label_column: str | None = None
 ) -> LabelledImages:
-    """The data set at `data`: a folder of class folders, a parquet file or folder of shards, `hf://org/dataset`, or a
+    """The data set at `data`: a folder of class folders, a parquet file or folder of shards,
+    `hf://org/dataset[/configuration][@revision]`, or a
     CIFAR python archive (its .tar.gz or the folder in it).
 
     `split` is by default the held-out one. The columns are by default those that the Hub's metadata say are images and
@@ -351,14 +352,25 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
         import datasets
     except ImportError:
         raise DimmixError(f"{data} needs the datasets library: pip install 'dimmix[eval]'") from None
+    path, _, revision = data.removeprefix("hf://").partition("@")
+    organisation, _, name = path.partition("/")
+    name, _, configuration = name.partition("/")
+    wanted = {"path": f"{organisation}/{name}" if name else organisation, "revision": revision or None}
     try:
-        found = datasets.get_dataset_split_names(data.removeprefix("hf://"))
-        split = _choose_split(data, split, found)
-        table = datasets.load_dataset(data.removeprefix("hf://"), split=split)
+        found = datasets.get_dataset_config_names(**wanted)
+        if not configuration and len(found) > 1 and "default" not in found:
+            asked = f"{data}: {len(found)} data sets lie in it; name one of "
+            raise DimmixError(asked + ", ".join(f"hf://{path}/{one}" for one in found), exit_code=2)
+        configuration = configuration or ("default" if "default" in found else found[0])
+        split = _choose_split(data, split, datasets.get_dataset_split_names(config_name=configuration, **wanted))
+        table = datasets.load_dataset(name=configuration, split=split, **wanted)
     except DimmixError:
         raise
     except Exception as error:  # the Hub's client, its network and the data's readers each raise their own
-        raise DimmixError(f"{data}: cannot be loaded ({first_line(error)})") from error
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise DimmixError(f"{data}: cannot be loaded ({first_line(cause)})") from error
     image_column, label_column, names = _choose_columns(data, table.features.arrow_schema, image_column, label_column)
     if names is None:
         names = tuple(sorted(name for name in table.unique(label_column) if name is not None))

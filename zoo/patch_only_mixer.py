@@ -5,7 +5,7 @@ a step cuts the image into patches, runs LayerNorm and one MLP on the values of 
 5x5 and 7x7 on a 35x35 image alternate; what one keeps apart the other brings together. Depth counts pairs of steps.
 
 The `paper` variants are the paper's: the image resized to 35x35, its three channels kept, flattened head. Ours lift the
-image to more channels with one convolution or two first, strided in `tiny` and for larger inputs. In `strided` the
+image to more channels with one convolution or two first, which halve its sides in all but `small`. In `strided` the
 partitions overlap as the levels of a butterfly do: patches of one size whose pixels lie 1, 2, 4, 8 apart. In `fast` the
 MLP of such a patch is a butterfly too, of small MLPs over its values. The dense twin has one MLP over them, and adds to
 every step an MLP across the patches (the token mixing of an MLP-Mixer), so that each step reaches the whole image.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
-from timm.models._manipulate import adapt_input_conv
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .butterfly import ButterflySchedule
@@ -163,7 +163,7 @@ def _steps(patch_sizes: tuple[int, ...], grid_size: int, strided: bool) -> list[
         return [(size, 1) for size in patch_sizes]
     levels = [(size, level) for size in patch_sizes for level in ButterflySchedule(grid_size, size).levels]
     if any(level.order for _, level in levels):
-        raise ValueError(f"strided patches of {patch_sizes} need a grid of powers of them, not grid_size={grid_size}")
+        raise ValueError(f"strided patches of {patch_sizes} have no chain of strides over grid_size={grid_size}")
     return [(size, level.stride) for size, level in levels]
 
 
@@ -191,8 +191,9 @@ class PatchOnlyMixer(Trunk):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Raises:
-        ValueError: a patch size that does not divide the grid, or with `strided` is no root of it; a `patch_radix` that
-            does not divide the values of a patch; unknown `mixing`.
+        ValueError: a patch size that does not divide the grid, or with `strided` has no chain of strides over it
+            (see ButterflySchedule); a `patch_radix` that does not divide the values of a patch; a `head_patch` that
+            does not divide the grid; unknown `mixing`.
     """
 
     def __init__(
@@ -338,8 +339,7 @@ default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.it
 
 
 def _create_patch_only_mixer(variant: str, pretrained: bool = False, **kwargs: Any) -> PatchOnlyMixer:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    return build(PatchOnlyMixer, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+    return build(PatchOnlyMixer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 register_variants(__name__, _create_patch_only_mixer, VARIANTS)

@@ -34,11 +34,15 @@ def build(
 ) -> Any:
     """timm's `build_model_with_cfg`, with verified weights from `dimmix.checkpoints` when `pretrained`.
 
+    `features_only` gives the last three blocks, as timm's models of tokens do, unless a `feature_cfg` says otherwise.
+
     Raises:
         CheckpointError: there are no weights of this name, they cannot be had, are damaged or do not fit.
     """
     from timm.models import build_model_with_cfg
 
+    if "feature_cfg" not in kwargs:
+        kwargs["feature_cfg"] = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_local_weights(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")

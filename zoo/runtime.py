@@ -186,6 +186,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[tor
     import timm
 
     from .checkpoints import cards
+    from .checkpoints.lookup import card_beside
     from .pretrained import create_model
 
     architecture = name.partition(".")[0]
@@ -193,7 +194,11 @@ def load_model(name: str, *, checkpoint: str | Path | None = None) -> "tuple[tor
         raise _unknown_model(name)
     with _named_errors(name):
         model: Any = create_model(name).eval()
-        card = cards().get(f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}")
+        cfg = model.pretrained_cfg
+        if ":" in name:  # not the bundled card of the same name
+            card = card_beside(name, Path(cfg["file"]))
+        else:
+            card = cards().get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
         return model, model_spec(model, name, asdict(card) if card else {})
 
 

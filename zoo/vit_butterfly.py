@@ -2,9 +2,9 @@
 
 Paper: Dimension Mixer, section 4.2 (arXiv 2311.18735). Levels of the butterfly over the tokens alternate from block to
 block, so two blocks reach every token at N * sqrt(N) cost each instead of N * N. The `paper` variants are the paper's
-(post-norm, no positions, flattened head, linear patches). Ours (`nano`, `tiny`, `small`) differ: pre-norm, learned
-position embedding, convolution stem, average pooling. `mixing="dense"` is the same model with attention over all
-tokens.
+(post-norm, no positions, flattened head, linear patches). Ours (`fast`, `nano`, `tiny`, `small`) differ: pre-norm,
+learned position embedding, convolution stem, average pooling. `mixing="dense"` is the same model with attention over
+all tokens.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,8 @@ class ButterflyVit(Trunk):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
 
     Raises:
-        ValueError: a patch that does not divide the image, a radix that does not divide the tokens, unknown options.
+        ValueError: a patch that does not divide the image, a radix that does not divide the tokens, `num_heads` that do
+            not divide `embed_dim`, unknown options.
     """
 
     if TYPE_CHECKING:  # only there: TorchScript cannot read these annotations
@@ -271,8 +272,7 @@ default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.it
 
 
 def _create_vit_butterfly(variant: str, pretrained: bool = False, **kwargs: Any) -> ButterflyVit:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    return build(ButterflyVit, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+    return build(ButterflyVit, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 register_variants(__name__, _create_vit_butterfly, VARIANTS)

@@ -281,11 +281,6 @@ def _most_square(tokens: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoints are stored under the model's own names."""
-    return state_dict
-
-
 _SS = {"depth": 2, "token_ratio": 4.0, "channel_ratio": 4.0}
 _SSW = _SS | {"patch_size": 4, "tokens": 64, "channels": 487}
 _C48 = {"patch_size": 4, "tokens": 64, "channels": 48, "depth": 3, "token_ratio": 2.0, "channel_ratio": 2.0}
@@ -320,8 +315,7 @@ default_cfgs = make_default_cfgs({name: _cfg(args) for name, args in VARIANTS.it
 
 
 def _create_wide_mixer(variant: str, pretrained: bool = False, **kwargs: Any) -> WideMixer:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    return build(WideMixer, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+    return build(WideMixer, variant, pretrained, **kwargs)
 
 
 register_variants(__name__, _create_wide_mixer, VARIANTS)

@@ -91,8 +91,11 @@ def test_grey_images_sum_the_first_convolution_over_colours(states):
 
 
 def test_features_only(states):
-    model = timm.create_model("toy_net", pretrained=True, features_only=True)
-    shapes = [tuple(features.shape[1:]) for features in model(torch.zeros(2, 3, 32, 32))]
+    x = torch.zeros(2, 3, 32, 32)
+    last = timm.create_model("toy_net", pretrained=True, features_only=True)
+    assert [tuple(features.shape[1:]) for features in last(x)] == [(8, 4, 4), (8, 2, 2), (8, 1, 1)]
+    model = timm.create_model("toy_net", pretrained=True, features_only=True, out_indices=(0, 1, 2, 3, 4))
+    shapes = [tuple(features.shape[1:]) for features in model(x)]
     assert shapes == [(64, 16, 16), (8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, 1)]
     assert torch.equal(model.conv1.weight, states["cifar10"]["conv1.weight"])
 

@@ -41,6 +41,14 @@ def hub():
         server.publish("datasets/org/colours", files)
         texts = {"kind": ["red", "red"], "id": [7, 8], "box": [{"x": 1}] * 2, "photo": [png("red"), None]}
         server.publish("datasets/org/texts", {"data/test-00000-of-00001.parquet": shard(texts)})
+        sets = {
+            f"{name}/test-00000-of-00001.parquet": shard(photos | {"colour": [at] * 4}) for at, name in enumerate("ab")
+        }
+        readme = "---\nconfigs:\n" + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/*.parquet\n" for name in "ab"
+        )
+        server.publish("datasets/org/sets", sets | {"README.md": (readme + "---\n").encode()})
+        server.publish("datasets/org/broken", {"data/test-00000-of-00001.parquet": b"PAR1 no, it is not PAR1"})
         server.publish("datasets/org/numbers", {"data/test-00000-of-00001.parquet": shard({"colour": [0, 1]})})
         yield server
 
@@ -60,6 +68,13 @@ def test_a_dataset_of_the_hub_is_measured_by_its_names(evaluate, tmp_path):
     assert (tmp_path / "p.csv").read_text().splitlines()[4].startswith("blue.png,red,blue,")
 
 
+@pytest.mark.parametrize(("name", "right"), [("a", 50), ("b", 25)])
+def test_a_configuration_and_a_revision_are_named_in_the_address(evaluate, name, right):
+    done = evaluate(f"hf://org/sets/{name}@main")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["top1"] == right
+
+
 def test_columns_may_hold_texts_and_a_row_nothing(evaluate):
     done = evaluate("hf://org/texts", "--label-column", "kind")
     assert json.loads(done.stdout)["top1"] == 100
@@ -68,13 +83,16 @@ def test_columns_may_hold_texts_and_a_row_nothing(evaluate):
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "reason"),
+    ("data", "options", "code", "reason"),
     [
-        ("hf://org/none", [], "cannot be loaded (Dataset 'org/none' doesn't exist on the Hub or cannot be accessed.)"),
-        ("hf://org/numbers", [], "none of its columns holds images"),
-        ("hf://org/colours", ["--split", "dev"], "no split 'dev' among train, test; choose one with --split"),
+        ("hf://org/none", [], 1, "cannot be loaded (Dataset 'org/none' doesn't exist on the Hub or cannot be "),
+        ("hf://org/broken", [], 1, "cannot be loaded (Parquet file size is 23 bytes, smaller than "),
+        ("hf://org/numbers", [], 1, "none of its columns holds images"),
+        ("hf://org/sets", [], 2, "2 data sets lie in it; name one of hf://org/sets/a, hf://org/sets/b"),
+        ("hf://org/colours", ["--split", "dev"], 2, "no split 'dev' among train, test; choose one with --split"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(evaluate, data, options, reason):
+def test_what_cannot_be_read_is_one_line(evaluate, data, options, code, reason):
     done = evaluate(data, *options)
-    assert (done.returncode, done.stdout, done.stderr) == (2 if options else 1, "", f"dimmix: {data}: {reason}\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert done.stderr.startswith(f"dimmix: {data}: {reason}")

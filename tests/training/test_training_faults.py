@@ -1,5 +1,7 @@
 """What a run refuses: weights that are not finite, data that changed, images to test on that it learnt from."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from toy_data import encode, toy_pixels, write_shard
 from dimmix.errors import DimmixError
 from dimmix.training import loop
 from dimmix.training.learner import Learner
+from dimmix.training.processes import join_processes
 from dimmix.training.report import measure
 from dimmix.training.state import read_state
 
@@ -141,3 +144,40 @@ def test_weights_to_start_from_are_safetensors(train_toy: Train, tmp_path: Path)
     save_file({"other": torch.zeros(1)}, tmp_path / "start.safetensors")
     with pytest.raises(DimmixError, match="cannot make model"):
         train_toy(f"model.args.checkpoint_path={tmp_path / 'start.safetensors'}")
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    taken: list[str] = []
+    nothing = torch.zeros(0, device="meta")
+    monkeypatch.setattr("torch.empty", lambda size, device: taken.append(device) or nothing)
+    for device in ("cuda", "auto"):
+        with pytest.raises(DimmixError, match="holds no numbers"), join_processes(device):
+            pass
+    assert taken == ["cuda:1", "cuda:1"]
+    with pytest.raises(DimmixError, match="--device cuda:1: 2 processes need a GPU each"), join_processes("cuda:1"):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(DimmixError, match="--device cuda: 3 processes, and 2 GPUs"), join_processes("auto"):
+        pass
+
+
+def test_all_processes_learn_of_a_signal_to_one(tmp_path: Path) -> None:
+    code = """
+import sys, torch, torch.distributed as dist
+from dimmix.training.processes import Processes
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+agreed = Processes(rank, 2, torch.device("cpu")).agree(0.5 + rank, False, 15 * rank)
+print(*agreed, Processes(rank, 2, torch.device("cpu")).agree(float("nan") * rank, rank == 0, 0))
+"""
+    command = [sys.executable, "-c", code]
+    started = [
+        subprocess.Popen([*command, str(rank), tmp_path / "store"], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert said == ["1.0 False 15 (nan, True, 0)\n"] * 2

@@ -174,7 +174,7 @@ def test_vit_refuses_what_it_cannot_become():
         ("patch_only_mixer_tiny_32", {"mixing": "conv"}, "mixing='conv' is not one of 'butterfly', 'dense'"),
         ("patch_only_mixer_tiny_32", {"patch_sizes": (4,)}, "patch_size=4 does not divide the image size 15x15"),
         ("patch_only_mixer_fast_32", {"patch_radix": 48}, "radix 48 does not divide n=400"),
-        ("patch_only_mixer_strided_32", {"grid_size": 12}, "need a grid of powers of them, not grid_size=12"),
+        ("patch_only_mixer_strided_32", {"grid_size": 12}, "have no chain of strides over grid_size=12"),
         ("butterfly_resnet_nano_32", {"mixing": "monarch"}, "is not one of 'conv', 'block', 'dense'"),
         ("butterfly_resnet_nano_32", {"radix": (7, 7, 7)}, "radix 7 does not divide n=32"),
         ("butterfly_resnet_nano_32", {"global_pool": "median"}, "global_pool='median' is not one of"),

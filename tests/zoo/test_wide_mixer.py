@@ -117,6 +117,32 @@ def test_a_sparse_linear_is_its_masked_matrix_and_only_its_weights_learn():
     assert layer.weight.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "connections"), [(6, 8, 20), (9, 4, 3), (2, 30, 59)])
+@pytest.mark.parametrize("how", ["eager", "func"])
+def test_the_gradients_of_a_sparse_linear_are_those_of_its_masked_matrix(inputs, outputs, connections, how):
+    layer = SparseLinear(inputs, outputs, connections, seed=3).double()
+    rows = torch.repeat_interleave(torch.arange(outputs), layer.starts.diff())
+    weight = layer.weight.detach()[0].requires_grad_()
+    matrix = torch.zeros(outputs, inputs, dtype=torch.float64).index_put((rows, layer.columns.long()), weight)
+    x = torch.randn(5, inputs, dtype=torch.float64).t().requires_grad_()  # strided
+    by = torch.randn(outputs, 5, dtype=torch.float64)
+    expected = torch.autograd.grad(((matrix @ x) * by).sum(), [x, weight])
+    if how == "eager":
+        got = torch.autograd.grad((layer(x) * by).sum(), [x, layer.weight])
+    else:
+        loss = lambda x, w: (torch.func.functional_call(layer, {"weight": w}, (x,)) * by).sum()  # noqa: E731
+        got = torch.func.grad(loss, (0, 1))(x, layer.weight)
+    assert (got[0] - expected[0]).abs().max() < 1e-12
+    assert (got[1][0] - expected[1]).abs().max() < 1e-12
+
+
+def test_a_sparse_linear_refuses_second_derivatives_in_place_of_wrong_ones():
+    layer, x = SparseLinear(6, 8, 20), torch.randn(6, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_what_a_sparse_linear_stores_grows_with_its_connections_not_with_its_width():
     layer = SparseLinear(31_168, 124_672, 50_000)
     stored = sum(t.numel() * t.element_size() for t in layer.state_dict().values())

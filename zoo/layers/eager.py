@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 @torch.jit.unused
@@ -29,6 +30,18 @@ def on_cpu_untraced(x: Tensor) -> bool:
         or torch.jit.is_tracing()
         or x.device.type != "cpu"
     )
+
+
+@torch.jit.unused
+def trains_eagerly(x: Tensor) -> bool:
+    """A pass on a CPU for torch's own backward pass: nobody traces, compiles or transforms it."""
+    return torch.is_grad_enabled() and on_cpu_untraced(x) and not is_transformed()
+
+
+@torch.compiler.assume_constant_result  # torch.func guards what is compiled; for dual tensors there is `refuse_tangent`
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @torch.jit.unused

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import all_are_hooked, infers_on_cpu, is_hooked, parameter
+from .eager import all_are_hooked, infers_on_cpu, is_hooked, is_transformed, parameter
 
 _native: Any = None
 with suppress(ImportError):  # no compiler, or another system
@@ -94,15 +94,9 @@ def takes(x: Tensor) -> bool:
     """Whether the kernels may take x: inference in plain float32 on a CPU that they know."""
     if not INSTRUCTIONS or _off or not infers_on_cpu(x) or torch.is_autocast_enabled("cpu"):
         return False
-    if _is_transformed() or all_are_hooked():
+    if is_transformed() or all_are_hooked():
         return False
     return type(x) in _PLAIN and x.dtype == torch.float32 and x.layout == torch.strided and x.numel() > 0
-
-
-@torch.compiler.assume_constant_result  # torch.func guards what is compiled; for dual tensors there is `refuse_tangent`
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation goes along, which `no_grad` does not switch off."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def steps_of(parts: nn.Module) -> list[Step]:

@@ -191,10 +191,8 @@ def _empty(x: Tensor, shapes: Sequence[int]) -> Tensor:
 def _stage(x: Tensor, tensors: Sequence[Tensor | None], shapes: list[int], epsilons: list[float]) -> Tensor:
     native.refuse_tangent(x)
     y = _empty(x, shapes)
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    native._native.stage(
-        x.data_ptr(), *x.stride(), y.data_ptr(), *x.shape, torch.get_num_threads(), shapes, pointers, epsilons
-    )
+    threads, addresses = torch.get_num_threads(), native.addresses(tensors)
+    native._native.stage(x.data_ptr(), *x.stride(), y.data_ptr(), *x.shape, threads, shapes, addresses, epsilons)
     return y
 
 

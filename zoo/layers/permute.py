@@ -1,16 +1,32 @@
 """Fixed permutations of one axis: gathers whose indices travel with the model, and transposes of its last axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .eager import runs_eagerly
+from .eager import runs_eagerly, trains_eagerly
 
 
 def inverse_of(order: Sequence[int]) -> list[int]:
     """Where each number of a permutation of 0..n-1 stands in it."""
     return sorted(range(len(order)), key=order.__getitem__)
+
+
+class _Gather(torch.autograd.Function):
+    """Permutes the columns of x, (rows, n), and those of its gradient by the inverse: a gather in place of a scattered
+    sum. Single numbers, bfloat16 most of all, are gathered faster than they are selected."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.gather(1, order.expand_as(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Gather.apply(grad, inverse, order), None, None  # type: ignore[no-untyped-call]
 
 
 class Permute(nn.Module):
@@ -48,7 +64,13 @@ class Permute(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n, ...) -> (..., n, ...)."""
+        if not torch.jit.is_scripting() and x.dim() == 2 and self.dim == 1 and trains_eagerly(x):
+            return self._trained(x)
         return x.index_select(self.dim, self.order)
+
+    @torch.jit.unused
+    def _trained(self, x: Tensor) -> Tensor:
+        return _Gather.apply(x, self.order, self.inverse)  # type: ignore[no-any-return,no-untyped-call]
 
     def undo(self, x: Tensor) -> Tensor:
         """The inverse of `forward`: `undo(forward(x)) == x`."""

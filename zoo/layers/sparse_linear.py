@@ -4,12 +4,16 @@ Paper: Understanding MLP-Mixer as a Wide and Sparse MLP (arXiv 2306.01470).
 """
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .eager import trains_eagerly
 
 
 def random_connections(inputs: int, outputs: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +45,49 @@ def _distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
     return places[torch.randperm(len(places), generator=generator)[:count]].sort().values
 
 
+def _product(x: Tensor, weight: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
+    """The sparse matrix of `weight` (connections,), in compressed rows, with x: (inputs, n) -> (outputs, n)."""
+    # A bag is a row of the mask: the weighted sum of the features that it connects. Nothing of size connections * n is
+    # ever made. Strided features would be read ten times slower.
+    return F.embedding_bag(
+        columns,
+        x.contiguous(),
+        starts,
+        norm_type=2.0,  # the default, but TorchScript after fx wants a float
+        mode="sum",
+        per_sample_weights=weight,
+        include_last_offset=True,
+    )
+
+
+class _Product(torch.autograd.Function):
+    """`_product` with gradients that cost as much as it does. Those of embedding_bag are sums scattered over x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, columns, starts)
+        return _product(x, weight, columns, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, columns, starts = ctx.saved_tensors
+        inputs, outputs = len(x), len(starts) - 1
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:  # the product with the transposed matrix, its connections in the order of columns
+            order = columns.argsort(stable=True)
+            rows = torch.arange(outputs, dtype=columns.dtype).repeat_interleave(starts.diff()).index_select(0, order)
+            places = torch.arange(inputs + 1, dtype=columns.dtype)
+            starts_t = torch.searchsorted(columns.index_select(0, order), places, out_int32=True)
+            grad_x = _product(grad, weight.index_select(0, order), rows, starts_t)
+        if ctx.needs_input_grad[1]:  # grad x^T, where there are connections
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+                mask = torch.sparse_csr_tensor(starts, columns, weight, (outputs, inputs), check_invariants=False)
+                grad_weight = torch.sparse.sampled_addmm(mask, grad.contiguous(), x.t(), beta=0.0).values()
+        return grad_x, grad_weight, None, None
+
+
 class SparseLinear(nn.Module):
     """A linear map with a frozen random mask: only its `connections` weights exist, with their places as indices.
 
@@ -69,18 +116,16 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features first: (in_features, rows) -> (out_features, rows), in the weights' dtype."""
-        # A bag is a row of the mask: the weighted sum of the features that it connects. Nothing of size connections *
-        # rows is ever made. Strided features would be read ten times slower.
-        y = F.embedding_bag(
-            self.columns,
-            x.to(self.weight.dtype).contiguous(),
-            self.starts,
-            norm_type=2.0,  # the default, but TorchScript after fx wants a float
-            mode="sum",
-            per_sample_weights=self.weight[0],
-            include_last_offset=True,
-        )
+        x = x.to(self.weight.dtype).contiguous()
+        if not torch.jit.is_scripting() and trains_eagerly(x) and x.dtype in (torch.float32, torch.float64):
+            y = self._trained(x)
+        else:
+            y = _product(x, self.weight[0], self.columns, self.starts)
         return y + self.bias.unsqueeze(1)
+
+    @torch.jit.unused
+    def _trained(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight[0], self.columns, self.starts)  # type: ignore[no-any-return,no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.shape[1]} connections"
