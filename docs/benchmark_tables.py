@@ -13,9 +13,9 @@ FOLDER = Path(__file__).parent / "benchmarks"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- /table -->", re.DOTALL)
 
 
-def fill(text: str) -> str:
+def fill(text: str, tables: dict[str, Callable[[], str]]) -> str:
     """`text` with what stands between each pair of marks made anew."""
-    return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->", text)
+    return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- /table -->", text)
 
 
 def latency() -> dict[str, float]:

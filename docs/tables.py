@@ -1,5 +1,5 @@
-"""Writes what comes from the checkpoint cards (the table in README.md, MODEL_CARD.md, docs/accuracy_macs.png) and from
-the benchmark (the tables of docs/performance.md).
+"""Writes what comes from the checkpoint cards (the table in README.md, MODEL_CARD.md, docs/accuracy_macs.png), from the
+benchmark (the tables of docs/performance.md) and from the studies (those of docs/wide_sparse.md).
 
 python docs/tables.py            # write
 python docs/tables.py --check    # exit 1 and say which text is out of date
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import benchmark_tables
+import study_tables
 from huggingface_hub import EvalResult, ModelCardData
 
 from dimmix import family_of, list_models
@@ -107,13 +108,14 @@ Of the bundled checkpoints, in percent; that of the others is in their cards in 
 def main() -> int:
     ours = set(list_models())
     found = [*cards().values(), *(card for card in unbundled() if card.architecture in ours)]
-    readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
+    readme, performance, studies = (ROOT / name for name in ("README.md", "docs/performance.md", "docs/wide_sparse.md"))
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     texts = {
         readme: f"{before}{BEGIN}\n{_table(found, short=True)}\n{END}{after}",
         ROOT / "MODEL_CARD.md": _model_card(found),
-        performance: benchmark_tables.fill(performance.read_text(encoding="utf-8")),
+        performance: benchmark_tables.fill(performance.read_text(encoding="utf-8"), benchmark_tables.TABLES),
+        studies: benchmark_tables.fill(studies.read_text(encoding="utf-8"), study_tables.TABLES),
     }
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:

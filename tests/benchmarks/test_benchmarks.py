@@ -1,6 +1,8 @@
 """A smoke run at tiny sizes: what is written and what the check says, never how long anything took."""
 
 import json
+import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -9,13 +11,15 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks import plots
+from benchmarks import gpu, layers, models, plots
 from benchmarks.__main__ import Plan, _line, full_plan, main, run_on_gpu, write
 from benchmarks.check import shortfalls
+from benchmarks.machine import describe
 from benchmarks.models import _beats, _equal, _like_size, equals, fold_timm, front
 from benchmarks.timing import compare, speedup, summary
 from benchmarks.trained import by_cpu_recipes, last_trained, trained_alike, unbundled
 from dimmix.checkpoints import cards
+from dimmix.fuse import fuse
 from dimmix.layers import native
 
 TINY = Plan(
@@ -78,7 +82,9 @@ def test_linear_records_the_mac_ratio_and_half_of_it_as_the_mark(folder):
 def test_attention_times_every_level_and_its_memory_is_counted_in_copies(folder):
     assert len(_records(folder, "attention")[0]["level_ms"]) == 2
     record = _records(folder, "memory")[0]
-    assert record["peak_bytes"] >= 3 * 16 * 128 * 4  # q, k and v themselves
+    copy = 3 * 16 * 128 * 4  # q, k and v themselves
+    assert record["peak_bytes"] >= copy
+    assert record["copies_of_qkv"] == pytest.approx(record["peak_bytes"] / copy, abs=1e-3)
 
 
 def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
@@ -86,6 +92,81 @@ def test_twins_ask_for_half_of_the_mac_saving_at_batch_64_alone(folder):
     assert record["against"] == "butterfly_mixer_nano_32_dense"
     assert record["mac_ratio"] > 1
     assert record["reach"] == 1.0
+
+
+@pytest.fixture
+def takes(monkeypatch):
+    """Has calls in the modules that are named take so many milliseconds each, whatever they do."""
+
+    def pretend(*modules, **milliseconds):
+        times = {name.replace("_", " "): [ms, ms] for name, ms in milliseconds.items()}
+        for module in modules:
+            monkeypatch.setattr(module, "compare", lambda calls, *_, **__: {name: times[name] for name in calls})
+
+    return pretend
+
+
+def test_a_layer_is_faster_by_what_the_dense_one_takes_for_what_it_takes(takes):
+    takes(layers, dense=8.0, ours=4.0, features_last=2.0, features_first=1.0)
+    last, first = layers.linear((16,), (4,), seconds=0)
+    assert (last["faster"], last["faster_than_ours"]) == (4, 2)
+    assert (first["faster"], first["faster_than_ours"]) == (8, 4)
+
+
+def test_attention_is_as_fast_as_its_dearest_level_and_has_more_to_reach_on_more_tokens(takes):
+    takes(layers, full=12.0, level_0=2.0, level_1=3.0)
+    few, many = layers.attention((16, 4096), seconds=0)
+    assert (few["faster"], few["dearest_to_cheapest"]) == (4, 1.5)
+    assert (few["reach"], many["reach"]) == pytest.approx((0.4 * 4, 0.6 * 64))
+
+
+def test_models_are_faster_by_what_their_twin_takes_for_what_they_take(takes):
+    takes(models, gpu, sparse=2.0, dense=6.0)
+    one, many = models.twins(["butterfly_mixer_nano_32"], "fused", (1, 64), seconds=0)
+    assert (one["faster"], many["faster"]) == (3, 3)
+    assert (one["reach"], many["reach"]) == (
+        1,
+        pytest.approx(2 / (1 + many["sparse_macs"] / many["dense_macs"]), abs=0.01),
+    )
+    (on_gpu,) = gpu.models(["butterfly_mixer_nano_32"], "eager", (1,), 0, torch.device("cpu"))
+    assert on_gpu["faster"] == 3
+
+
+def test_kernels_are_faster_by_what_torch_takes_for_what_they_take(takes):
+    takes(models, kernels=1.0, torch=3.0)
+    (record,) = models.kernels(["butterfly_mixer_nano_32"], (1,), seconds=0)
+    assert record["faster"] == 3
+
+
+def test_a_backend_is_what_it_says(monkeypatch):
+    folded, answers = [], []
+
+    def once(calls, seconds):
+        answers.extend(call().dtype for call in calls.values())
+        return {name: [1.0, 1.0] for name in calls}
+
+    monkeypatch.setattr(models, "compare", once)
+    monkeypatch.setattr(models, "fuse", lambda model: folded.append(model) or fuse(model))
+    for backend, dtype, folds in (
+        ("eager", torch.float32, 0),
+        ("bfloat16", torch.bfloat16, 0),
+        ("fused", torch.float32, 2),
+    ):
+        models.twins(["butterfly_resnet20_convmix_w32"], backend, (1,), seconds=0)
+        assert answers == [dtype] * 2
+        assert len(folded) == folds
+        answers.clear()
+
+
+def test_the_exit_code_says_whether_any_subject_falls_short_if_that_is_asked(monkeypatch, capsys):
+    reached, missed = {"work": "a", "faster": 2.0, "reach": 1.0}, {"work": "b", "faster": 1.0, "reach": 2.0}
+    monkeypatch.setattr("benchmarks.__main__.run", lambda plan: {"linear": [reached], "twins": [missed]})
+    assert main(["--quick"]) == 0
+    assert "falls short" not in capsys.readouterr().out
+    assert main(["--quick", "--check"]) == 1
+    assert "falls short: b: 1 times as fast, to reach 2\n" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.__main__.run", lambda plan: {"linear": [reached]})
+    assert main(["--quick", "--check"]) == 0
 
 
 @pytest.mark.skipif(not native.INSTRUCTIONS, reason="no kernels on this machine")
@@ -148,13 +229,15 @@ def test_equals_put_a_sparse_resnet_beside_the_dense_one_of_its_accuracy(monkeyp
     assert record["reach"] == 1.0
 
 
-def test_a_sparse_resnet_beyond_every_resnet20_stands_beside_a_dense_twin_as_good(monkeypatch):
+def test_a_sparse_resnet_beyond_every_resnet20_stands_beside_a_dense_twin_as_good(monkeypatch, takes):
+    takes(models, sparse=2.0, dense=6.0)
     top1 = {"butterfly_resnet_nano_32_dense": 94.0, "butterfly_resnet_nano_32": 93.0, "resnet20_w16": 92.0}
     macs = {"butterfly_resnet_nano_32_dense": 95, "butterfly_resnet_nano_32": 36, "resnet20_w16": 41}
     trained = [SimpleNamespace(architecture=name, dataset="cifar10", top1=top1[name], macs=macs[name]) for name in top1]
     monkeypatch.setattr("benchmarks.models.last_trained", lambda: trained)
-    (record,) = equals("fused", batches=(1,), seconds=0)
+    (record,) = equals("fused", batches=(64,), seconds=0)
     assert (record["work"], record["against"]) == ("butterfly_resnet_nano_32", "butterfly_resnet_nano_32_dense")
+    assert record["reach"] == 1.0  # not half of the saving, as of twins
 
 
 def test_a_model_of_timm_beats_ours_only_if_no_slower_and_no_less_accurate():
@@ -247,9 +330,15 @@ def test_gpu_and_all_exclude_each_other(capsys):
     assert "--all: not allowed with argument --gpu" in capsys.readouterr().err
 
 
-def test_a_device_that_works_on_is_waited_for():
+def test_a_device_that_works_on_is_waited_for_and_that_counts():
     calls = []
-    compare({"a": lambda: calls.append("a")}, seconds=0, least=2, settle=lambda: calls.append("done"))
+
+    def settle():
+        calls.append("done")
+        time.sleep(0.01)
+
+    times = compare({"a": lambda: calls.append("a")}, seconds=0, least=2, settle=settle)
+    assert min(times["a"]) >= 10
     assert calls == ["a", "a", "done", "a", "done", "a", "done"]
 
 
@@ -283,3 +372,23 @@ def test_costs_are_drawn_with_a_line_to_each_dense_twin_and_names_that_cover_not
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
     plt.close(figure)
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__.run", lambda plan: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", "--out", str(tmp_path / "file")])
+    assert f"--out {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
+    def version(name):
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert describe()["versions"] | {"python": ""} == {"python": "", "torch": "1.0", "timm": "1.0", "numpy": "1.0"} | {
+        "onnxruntime": None
+    }

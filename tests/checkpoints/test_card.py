@@ -40,6 +40,7 @@ def test_a_failed_write_leaves_the_old_card(written, monkeypatch):
         ({"colour": "blue"}, "has the unknown key 'colour'"),
         ({"top1": "91.5"}, "'top1' is '91.5'"),
         ({"images": True}, "'images' is True"),
+        ({"teacher": 3}, "'teacher' is 3"),
         ({"labels": ["cat", 3]}, "'labels' is"),
         ({"versions": {"torch": 2}}, "'versions' is"),
         ({"sha256": "abc"}, "sha256 'abc' is not 64"),

@@ -65,14 +65,24 @@ def test_a_downloaded_repository_works_without_a_network(hub, trained, tmp_path,
         assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_a_copy_never_replaces_another_file(bundle, tmp_path, capsys):
+def test_a_revision_brings_its_own_config(hub, tmp_path, capsys):
+    old = hub.publish("someone/toy", {"model.safetensors": weights(1), "config.json": b'{"old": 1}'})
+    hub.publish("someone/toy", {"model.safetensors": weights(2), "config.json": b'{"new": 1}'})
+    download([f"hf-hub:someone/toy@{old}"], to=tmp_path / "copies", quiet=True)
+    copy = Path(records(capsys)[0]["path"])
+    assert copy.read_bytes() == weights(1)
+    assert copy.with_name("config.json").read_text() == '{"old": 1}'
+
+
+@pytest.mark.parametrize("content", [b"precious", weights(2)])
+def test_a_copy_never_replaces_another_file(bundle, tmp_path, capsys, content):
     card = bundle(weights(1))
-    (tmp_path / card.file).write_text("precious")
+    (tmp_path / card.file).write_bytes(content)
     with pytest.raises(typer.Exit) as caught:
         download([card.name], to=tmp_path, quiet=True)
     assert caught.value.exit_code == 1
     assert "exists and is another file" in capsys.readouterr().err
-    assert (tmp_path / card.file).read_text() == "precious"
+    assert (tmp_path / card.file).read_bytes() == content
 
 
 def test_publish_dry_run_shows_the_files_and_uploads_none(hub, token, trained, capsys):

@@ -38,6 +38,11 @@ def test_what_safetensors_writes_is_accepted(path):
     }
 
 
+def test_tensors_may_be_named_in_another_order_than_they_lie_in(path):
+    write(path, {"b": tensor([1], 4, 8), "a": tensor([1], 0, 4)}, bytes(8))
+    assert read_header(path).keys() == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("header", "data", "pattern"),
     [

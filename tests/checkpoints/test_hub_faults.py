@@ -40,8 +40,8 @@ def fails_with(pattern: str, name: str = f"hf-hub:{NAME}") -> None:
 def assert_sound_cache() -> None:
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     assert not [path for path in cache.rglob("*") if ".incomplete" in path.name or path.name.startswith("tmp")]
-    for path in cache.glob("*/snapshots/*/*"):
-        assert sha256(path.read_bytes()) == path.readlink().name
+    for path in (*cache.glob("*/snapshots/*/*"), *cache.glob("*/blobs/*")):
+        assert sha256(path.read_bytes()) == path.resolve().name
 
 
 def recovers(hub) -> None:

@@ -97,7 +97,7 @@ def test_features_only(states):
     model = timm.create_model("toy_net", pretrained=True, features_only=True, out_indices=(0, 1, 2, 3, 4))
     shapes = [tuple(features.shape[1:]) for features in model(x)]
     assert shapes == [(64, 16, 16), (8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, 1)]
-    assert torch.equal(model.conv1.weight, states["cifar10"]["conv1.weight"])
+    assert torch.equal(model.model.conv1.weight, states["cifar10"]["conv1.weight"])
 
 
 def test_a_file_of_the_user_goes_before_the_bundled_one(states, tmp_path):

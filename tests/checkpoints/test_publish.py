@@ -177,6 +177,23 @@ def test_weights_that_do_not_fit_the_architecture_are_not_published(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
 
 
+def test_weights_that_timm_would_change_are_not_published(trained, tmp_path, monkeypatch):
+    create = timm.create_model
+
+    def changed(*args, **kwargs):
+        model = create(*args, **kwargs)
+        torch.nn.init.zeros_(next(model.parameters()))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", changed)
+    card, file = publish.open_source(str(trained[0]))
+    with pytest.raises(
+        CheckpointError, match=r"timm loads 'conv1\.0\.weight' differently from what would be published"
+    ):
+        publish.write_folder(card, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_not_the_cards_are_not_published(trained, tmp_path):
     card = Card.read(trained[0])
     card.write(tmp_path / "mine.json")
@@ -192,11 +209,19 @@ def test_a_name_that_is_neither_bundled_nor_a_card(bundle, tmp_path):
         publish.open_source(str(tmp_path / "mine.json"))
 
 
-def test_other_channels_are_arguments_of_the_model(tmp_path):
-    content = safetensors.torch.save(timm.create_model(ARCHITECTURE, num_classes=2, in_chans=1).state_dict())
-    (tmp_path / "grey.safetensors").write_bytes(content)
-    values = {"input_size": (1, 64, 64), "mean": (0.5,), "std": (0.5,), "labels": ("cat", "dog")}
-    card = make_card(content, architecture=ARCHITECTURE, file="grey.safetensors", **values)
-    publish.write_folder(card, tmp_path / "grey.safetensors", tmp_path / "out")
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    assert model.conv1[0].in_channels == 1
+@pytest.mark.parametrize(
+    ("architecture", "size", "args"),
+    [
+        (ARCHITECTURE, (1, 64, 64), {"in_chans": 1}),
+        ("butterfly_mixer_nano_32", (3, 16, 16), {"img_size": [16, 16]}),
+    ],
+)
+def test_other_channels_and_a_size_that_is_built_in_are_arguments_of_the_model(tmp_path, architecture, size, args):
+    content = safetensors.torch.save(timm.create_model(architecture, num_classes=2, **args).state_dict())
+    (tmp_path / "other.safetensors").write_bytes(content)
+    values = {"input_size": size, "mean": (0.5,) * size[0], "std": (0.5,) * size[0], "labels": ("cat", "dog")}
+    card = make_card(content, architecture=architecture, file="other.safetensors", **values)
+    publish.write_folder(card, tmp_path / "other.safetensors", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"] == args
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert model(torch.zeros(1, *size)).shape == (1, 2)

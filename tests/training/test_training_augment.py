@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,6 +76,29 @@ def test_affine_leaves_about_an_eighth_untouched_and_stays_in_range() -> None:
     assert y.max() <= 1
 
 
+def test_geometry_of_a_half_turns_shears_and_scales_by_up_to_half_of_the_most_either_way() -> None:
+    line = (2 * torch.arange(9.0) + 1) / 9 - 1
+    ramps = torch.stack([line.expand(9, 9), line[:, None].expand(9, 9)])  # where each pixel lies, in x and in y
+    moved = affine(ramps.expand(4000, 2, 9, 9), 0.5)
+    columns = [moved[:, :, 4, 5] - moved[:, :, 4, 3], moved[:, :, 5, 4] - moved[:, :, 3, 4]]
+    matrix = torch.stack(columns, 2) / (4 / 9)  # (N, 2, 2), read off around the centre
+    (a, b), (c, d) = matrix.permute(1, 2, 0)
+
+    def is_alone(*differences: Tensor) -> Tensor:
+        """Images with no other draw: a sixteenth of them, and as many with none at all."""
+        return torch.stack(differences).abs().amax(0) < 1e-4
+
+    draws = {
+        math.pi / 6: torch.atan2(c, a)[is_alone(a - d, b + c, a.square() + c.square() - 1)],
+        0.3: b[is_alone(a - 1, c, d - 1)],
+        0.3 + 1e-9: c[is_alone(a - 1, b, d - 1)],
+        math.log(1.3): a[is_alone(a - d, b, c)].log(),
+    }
+    for most, drawn in draws.items():
+        assert drawn.min().item() == pytest.approx(-most / 2, rel=0.1)
+        assert drawn.max().item() == pytest.approx(most / 2, rel=0.1)
+
+
 def test_affine_of_small_magnitude_moves_little() -> None:
     ramp = torch.linspace(0, 1, 16).expand(8, 3, 16, 16)
     assert (affine(ramp, 0.01) - ramp).abs().max() < 0.02
@@ -134,12 +158,44 @@ def test_cutmix_pastes_whole_pixels_and_mixup_blends_them() -> None:
     assert (blended.flatten(1).std(1) < 1e-6).all()
 
 
+def test_draws_of_a_large_alpha_are_near_a_half() -> None:
+    x, labels = constant_images(64)
+    pasted, _ = mix(x, labels, Augment(cutmix=1e4), 4)
+    assert (pasted != x)[:, 0].flatten(1).sum(1).max() == 11 * 11  # half of the area has a side of 16 * sqrt(1 / 2)
+    _, target = mix(x, labels, Augment(mixup=1e4), 4)
+    assert target.max(1).values.max() < 0.55
+
+
+def test_half_of_the_images_are_mixed_at_probability_a_half_and_each_way_of_mixing_gets_half_of_them() -> None:
+    x, labels = constant_images(64)
+    mixed, _ = mix(x, labels, Augment(mixup=1.0, mix_probability=0.5), 4)
+    assert 16 < (mixed == x).flatten(1).all(1).sum() < 48
+    mixed, _ = mix(x, labels, Augment(mixup=1.0, cutmix=1.0), 4)
+    assert 16 < (mixed == mixed.round()).flatten(1).all(1).sum() < 48
+
+
 def test_nothing_is_mixed_at_probability_zero() -> None:
     x, labels = constant_images(8)
     mixed, target = mix(x, labels, Augment(mixup=1.0, cutmix=1.0, mix_probability=0.0), 4)
     assert torch.equal(mixed, x)
     assert torch.equal(target.argmax(1), labels)
     assert torch.equal(target.max(1).values, torch.ones(8))
+
+
+def test_each_augmentation_has_its_own_strength_and_colours_change_before_they_are_normalised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, tuple[object, ...]] = {}
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        return lambda x, *strength: seen.update({name: (*strength, x.max().item() > 1)}) or x
+
+    for name in ("affine", "jitter", "cutout"):
+        monkeypatch.setattr(augment, name, noted(name))
+    data, _ = batches(Augment(geometry=0.1, color=0.2, cutout=3, cutout_probability=0.4))
+    data.mean, data.std = torch.full_like(data.mean, 100), torch.full_like(data.std, 500)
+    data.augmented(torch.arange(16))
+    assert seen == {"affine": (0.1, True), "jitter": (0.2, True), "cutout": (3, 0.4, False)}
 
 
 def test_a_weak_batch_has_flip_and_crop_alone() -> None:

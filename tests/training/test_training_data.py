@@ -100,6 +100,12 @@ def test_the_second_start_reads_the_cache(toy: Path, tmp_path: Path, monkeypatch
     assert np.array_equal(load_images(toy, TOY, "train", cache).pixels, first.pixels)
 
 
+def test_the_cache_is_left_when_the_recipe_wants_another_size(toy: Path, tmp_path: Path) -> None:
+    for size in (16, 8):
+        images = load_images(toy, Data("toy", image_size=size), "train", tmp_path / "cache")
+        assert images.pixels.shape == (40, size, size, 3)
+
+
 def test_the_cache_is_left_when_the_data_change(toy: Path, tmp_path: Path) -> None:
     load_images(toy, TOY, "test", tmp_path / "cache")
     pixels, labels = toy_pixels(12, 9)

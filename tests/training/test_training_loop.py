@@ -3,17 +3,15 @@ import re
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
-from toy_data import RECIPE
+from safetensors.torch import load_file
+from toy_data import teacher_of, toy_model
 
 from dimmix.errors import DimmixError, Interrupted
 from dimmix.training import loop
@@ -29,11 +27,6 @@ Train = Callable[..., Any]
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
-
-
-def toy_model() -> torch.nn.Module:
-    model = tomllib.loads(RECIPE)["model"]
-    return timm.create_model(model["name"], num_classes=3, **model["args"])
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM) -> None:
@@ -174,6 +167,30 @@ def test_seeds_and_processes_draw_differently_and_a_step_repeats_its_own(
     assert all(draws[0] == draws[2] for draws in drawn.values())
     torch.manual_seed(0)
     assert drawn[0, 0][0] == torch.rand(()).item()
+
+
+def test_each_epoch_visits_every_row_in_an_order_of_its_own_and_each_step_has_its_own_draws(
+    train_toy: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited: list[torch.Tensor] = []
+    seeds: list[int] = []
+    augmented, update = loop.Batches.augmented, Learner.update
+
+    def watched(self: Any, rows: torch.Tensor, strong: bool = True) -> Any:
+        visited.append(rows)
+        return augmented(self, rows, strong)
+
+    def noted(self: Learner, *args: Any) -> torch.Tensor:
+        seeds.append(torch.initial_seed())
+        return update(self, *args)
+
+    monkeypatch.setattr(loop.Batches, "augmented", watched)
+    monkeypatch.setattr(Learner, "update", noted)
+    train_toy()
+    first, second = torch.cat(visited[:5]).tolist(), torch.cat(visited[5:]).tolist()
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+    assert len(set(seeds)) == len(seeds) == 10
 
 
 def test_a_finished_run_whose_state_is_gone_is_not_trained_anew_unasked(train_toy: Train, runs: Path) -> None:
@@ -338,14 +355,6 @@ def test_two_processes_train_as_one(train_toy: Train, runs: Path, toy: Path, rec
         torch.testing.assert_close(two[0][key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
-def teacher_of(folder: Path) -> tuple[str, ...]:
-    torch.manual_seed(1)
-    save_file(toy_model().state_dict(), folder / "teacher.safetensors")
-    model = tomllib.loads(RECIPE)["model"]
-    args = tuple(f"teacher.args.{key}={value}" for key, value in model["args"].items())
-    return (f"teacher.name={model['name']}", f"teacher.weights={folder / 'teacher.safetensors'}", *args)
-
-
 def test_weights_of_a_teacher_that_are_not_there_are_named_with_the_recipe(train_toy: Train) -> None:
     with pytest.raises(
         DimmixError, match=r"toy_resnet\.toy\.toml: teacher\.weights: there is no file none\.safetensors"
@@ -362,32 +371,3 @@ def test_validation_says_when_the_teacher_has_learnt_the_rows_held_back(
         capfd.readouterr()
         train_toy(*teacher_of(tmp_path), name=f"student-{split}", split="val")
         assert ("the teacher has learnt the held-back rows too" in capfd.readouterr().err) == said
-
-
-@pytest.mark.parametrize("views", [1, 2])
-def test_a_teacher_is_asked_once_for_each_view(
-    train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
-) -> None:
-    teach, asked = Learner.teach, []
-
-    def counted(self: Learner, x: torch.Tensor) -> torch.Tensor:
-        asked.append(x)
-        return teach(self, x)
-
-    monkeypatch.setattr(Learner, "teach", counted)
-    recipe = (*teacher_of(tmp_path), f"teacher.views={views}", "schedule.epochs=4")
-    first = train_toy(*recipe, name="first", cache=tmp_path / "cache")
-    assert len(asked) == 5 * views  # five steps an epoch
-    again = train_toy(*recipe, "schedule.epochs=4", name="again", cache=tmp_path / "cache")
-    assert len(asked) == 5 * views
-    assert (first.top1, first.nll) == (again.top1, again.nll)
-
-
-def test_kept_logits_that_are_not_whole_are_computed_again(train_toy: Train, tmp_path: Path) -> None:
-    recipe = (*teacher_of(tmp_path), "teacher.views=1")
-    first = train_toy(*recipe, name="first", cache=tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").glob("teacher-*/0.npy")
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:-7])
-    assert train_toy(*recipe, name="again", cache=tmp_path / "cache").nll == first.nll
-    assert kept.read_bytes() == whole

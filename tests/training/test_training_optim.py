@@ -57,10 +57,23 @@ def test_block_factors_take_larger_steps_and_are_decayed_as_much() -> None:
 
 
 def test_muon_takes_hidden_matrices_and_each_block_is_one() -> None:
-    groups = groups_by_name(Toy(), Optimizer("muon", 0.1))
-    taken = {name: group["blocks"] for name, group in groups.items() if group["blocks"]}
     factors = {f"mix.factors.{i}.linear.weight": 8 for i in (0, 1)}
-    assert taken == factors | {"conv.weight": 2, "hidden.weight": 1}
+    for first, others in (("none", {"conv.weight": 2, "hidden.weight": 1}), ("conv", {"hidden.weight": 1})):
+        model = Toy()
+        model.pretrained_cfg["first_conv"] = first
+        groups = groups_by_name(model, Optimizer("muon", 0.1))
+        assert {name: group["blocks"] for name, group in groups.items() if group["blocks"]} == factors | others
+
+
+def test_optimizers_have_the_rates_of_the_recipe() -> None:
+    rates = {"momentum": 0.7, "betas": (0.8, 0.95), "adamw_lr": 0.003}
+    (sgd,) = build_optimizers(Toy(), Optimizer("sgd", 0.02, **rates))
+    (adamw,) = build_optimizers(Toy(), Optimizer("adamw", 0.02, **rates))
+    muon, others = build_optimizers(Toy(), Optimizer("muon", 0.02, **rates))
+    assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.02, 0.7, True)
+    assert (adamw.defaults["lr"], adamw.defaults["betas"]) == (0.02, (0.8, 0.95))
+    assert (muon.defaults["lr"], muon.defaults["momentum"]) == (0.02, 0.7)
+    assert (others.defaults["lr"], others.defaults["betas"]) == (0.003, (0.8, 0.95))
 
 
 def test_muon_of_a_matrix_is_torchs_muon() -> None:

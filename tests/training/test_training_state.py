@@ -19,6 +19,16 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert facts == {"step": 3, "loss": 0.1 + 0.2}
 
 
+def test_a_state_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_state(tmp_path / "s", {"a": torch.ones(3)}, {"step": 1})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_state(tmp_path / "s", {"a": torch.zeros(3)}, {"step": 2})
+    tensors, facts = read_state(tmp_path / "s")
+    assert (tensors["a"].tolist(), facts) == ([1, 1, 1], {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_file_that_is_no_state_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s").write_bytes(content)

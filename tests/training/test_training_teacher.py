@@ -1,9 +1,17 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import dimmix.training.teacher  # noqa: F401
+from dimmix.checkpoints import Card
 from dimmix.profile import count_macs
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -38,3 +46,20 @@ def test_the_deep_teacher_adds_its_last_two_convolutions_to_what_they_read() -> 
     for module in residual:
         z = module(z)
     torch.testing.assert_close(model.block2(x), y + z)
+
+
+@pytest.mark.parametrize("name", ["teacher_cnn", "teacher_cnn_wide", "teacher_cnn_deep"])
+def test_the_teachers_of_the_recipes_know_the_images(name: str, cifar_rows: list[tuple[Image.Image, int]]) -> None:
+    weights = RECIPES / f"{name}.cifar10.safetensors"
+    rows = cifar_rows[::2]
+    card = Card.beside(weights)
+    assert card
+    model = timm.create_model(name, num_classes=10).eval()
+    model.load_state_dict(load_file(weights))
+    x = torch.from_numpy(np.stack([image for image, _ in rows])).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(card.mean).view(3, 1, 1)) / torch.tensor(card.std).view(3, 1, 1)
+    with torch.inference_mode():
+        logits = model(x)
+    labels = torch.tensor([label for _, label in rows])
+    assert torch.nn.functional.cross_entropy(logits, labels) < 0.4
+    assert (logits.argmax(1) == labels).sum() >= 27

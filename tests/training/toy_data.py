@@ -2,11 +2,15 @@
 
 import io
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -64,3 +68,18 @@ def encode(pixels: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
+
+
+def toy_model() -> torch.nn.Module:
+    """The model of the recipe."""
+    model = tomllib.loads(RECIPE)["model"]
+    return timm.create_model(model["name"], num_classes=3, **model["args"])
+
+
+def teacher_of(folder: Path) -> tuple[str, ...]:
+    """Overrides that make such a model of random weights, written into `folder`, the teacher."""
+    torch.manual_seed(1)
+    save_file(toy_model().state_dict(), folder / "teacher.safetensors")
+    model = tomllib.loads(RECIPE)["model"]
+    args = tuple(f"teacher.args.{key}={value}" for key, value in model["args"].items())
+    return (f"teacher.name={model['name']}", f"teacher.weights={folder / 'teacher.safetensors'}", *args)

@@ -76,6 +76,24 @@ def test_paths_images_arrays_bytes_and_tensors_agree(classifier, photo):
     assert answers == pytest.approx([answers[0]] * len(kinds), abs=1e-6)
 
 
+def test_images_as_they_are_and_transformed_ones_may_come_together(classifier, cifar_rows):
+    image = cifar_rows[0][0]
+    kinds = [image, classifier.transform(image), classifier.transform(image).bfloat16()]
+    plain, ready, rough = classifier.predict(kinds)
+    assert [p.index for p in plain] == [p.index for p in ready] == [p.index for p in rough]
+    assert [p.score for p in plain] == pytest.approx([p.score for p in ready], abs=1e-5)
+
+
+def test_amp_computes_in_bfloat16_what_is_no_export(classifier, brightest, cifar_rows, tiny):
+    image = cifar_rows[0][0]
+    exact = classifier.predict(image, topk=10)
+    rough = Classifier(tiny.architecture, "cpu", tiny.checkpoint, amp=True).predict(image, topk=10)
+    assert rough != exact
+    assert {p.index: p.score for p in rough} == pytest.approx({p.index: p.score for p in exact}, abs=0.05)
+    with pytest.raises(DimmixError, match=r"--amp: .* keeps the types it was exported with"):
+        Classifier(str(brightest), "cpu", amp=True)
+
+
 def test_several_images_give_a_list_of_answers(classifier, photo, cifar_rows):
     images = [image for image, _ in cifar_rows[:3]]
     answers = classifier.predict(images, topk=2)

@@ -28,6 +28,13 @@ PAPER = {
     "butterfly_resnet26_blockmix_w64": 884_810,
 }
 
+FAMILIES = (
+    "vit_butterfly_nano_patch4_32",
+    "butterfly_mixer_nano_32",
+    "patch_only_mixer_tiny_32",
+    "butterfly_resnet_nano_32",
+)
+
 
 def _create(name, **kwargs):
     return timm.create_model(name, **kwargs).eval()
@@ -125,6 +132,30 @@ def test_stochastic_depth_drops_whole_images_in_the_mixer():
     assert 0 < changed[0].sum() < 40
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stochastic_depth_grows_from_nothing_to_its_rate_at_the_last_block(name):
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.2)
+    paths = [module.drop_path for module in model.blocks.modules() if hasattr(module, "drop_path")]
+    rates = [getattr(path, "drop_prob", 0.0) for path in paths]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0, pytest.approx(0.2))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_butterfly_nano_patch4_32", "patch_only_mixer_tiny_32", "butterfly_resnet_nano_32"]
+)
+def test_stochastic_depth_leaves_a_share_of_the_images_as_they_were(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.5).train()
+    last = [module for module in model.blocks.modules() if hasattr(module, "drop_path")][-1]
+    seen = []
+    last.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model(torch.randn(64, 3, 32, 32))
+    [(x, y)] = seen
+    kept = last.shortcut(x).relu() if hasattr(last, "shortcut") else x
+    assert 5 < (y == kept).flatten(1).all(1).sum() < 59
+
+
 def test_random_token_order_is_kept_by_checkpoints_and_undone_in_features():
     model = _create("vit_butterfly_nano_patch4_32", token_order="random", seed=3)
     other = _create("vit_butterfly_nano_patch4_32", token_order="random", seed=4)
@@ -143,11 +174,23 @@ def test_vit_takes_another_input_size():
     model.set_input_size(img_size=(64, 48))
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
     assert {block.attn.radix for block in model.blocks} == {16}  # 192 tokens
-    weights = _create("vit_butterfly_nano_patch4_32").state_dict()
-    resized = timm.create_model(
-        "vit_butterfly_nano_patch4_32", pretrained=True, img_size=64, pretrained_cfg_overlay={"state_dict": weights}
-    )
-    assert resized.pos_embed.shape == (1, 256, 96)
+    assert [block.attn.level[2] for block in model.blocks] == [1, 12] * 3  # strides
+
+
+def test_positions_of_vit_keep_their_places_in_images_of_another_size():
+    model = _create("vit_butterfly_nano_patch4_32")
+    with torch.no_grad():  # a ramp from left to right over the eight columns
+        model.pos_embed.copy_(torch.arange(8.0).repeat(8)[None, :, None])
+    overlay = {"state_dict": model.state_dict()}
+    loaded = _create("vit_butterfly_nano_patch4_32", pretrained=True, img_size=64, pretrained_cfg_overlay=overlay)
+    model.set_input_size(64)
+    for resized in (model, loaded):
+        assert resized.pos_embed.shape == (1, 256, 96)
+        rows = resized.pos_embed[0, :, 0].view(16, 16)
+        assert torch.allclose(rows, rows[:1], atol=1e-4)
+        assert (rows.diff() > 0).all()
+        assert rows[0, 0] < 1
+        assert rows[0, -1] > 6
 
 
 def test_vit_refuses_what_it_cannot_become():
@@ -281,10 +324,7 @@ def test_intermediates_in_both_layouts():
         model.forward_intermediates(x, output_fmt="NHWC")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["vit_butterfly_nano_patch4_32", "butterfly_mixer_nano_32", "patch_only_mixer_tiny_32", "butterfly_resnet_nano_32"],
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_models_export_with_a_dynamic_batch(name):
     model = _create(name)
     program = torch.export.export(model, (_image(model),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))

@@ -48,6 +48,13 @@ def test_block_linear_is_its_block_diagonal_matrix():
     _close(layer(x.view(3, 4, 7)).reshape(15, 7), layer.dense_equivalent() @ x + layer.bias.reshape(15, 1))
 
 
+def test_each_block_begins_as_a_linear_layer_of_its_size():
+    layer = BlockLinear(64, 16, 64)
+    for values in (layer.weight, layer.bias):
+        assert values.abs().max().item() == pytest.approx(1 / 16**0.5, rel=0.01)
+        assert values.std().item() == pytest.approx(1 / (3 * 16) ** 0.5, rel=0.05)  # uniform
+
+
 @pytest.mark.parametrize(("n", "radix"), SIZES)
 def test_butterfly_linear_is_the_product_of_its_levels(n, radix):
     layer = ButterflyLinear(n, n, radix, bias=False)

@@ -155,6 +155,19 @@ def test_weight_decay_leaves_norms_biases_and_positions(name):
     assert model.no_weight_decay()
 
 
+def test_dropout_is_in_the_head_and_behind_every_map_of_a_block():
+    model = timm.create_model("vit_butterfly_nano_patch4_32", drop_rate=0.3, proj_drop_rate=0.4)
+    assert model.head_drop.p == 0.3
+    assert {drop.p for block in model.blocks for drop in (block.attn.proj_drop, block.mlp.drop)} == {0.4}
+
+
+def test_vit_begins_with_narrow_linear_maps():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_butterfly_nano_patch4_32")
+    assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.blocks[0].attn.qkv.bias.any()
+
+
 def test_maps_have_no_layout_of_tokens():
     model = timm.create_model("butterfly_resnet_nano_32", num_classes=3)
     with pytest.raises(ValueError, match=r"output_fmt='NLC' is not 'NCHW'$"):

@@ -40,6 +40,13 @@ def test_the_wide_mlp_on_vec_x_equals_every_mixing_layer(order, mixing, tokens):
         x = block(x)
 
 
+def test_the_connections_of_a_wide_mlp_are_the_entries_of_all_its_layers_that_are_not_zero():
+    wide = effective_mlp(_model().blocks[0])
+    entries = [int((layer.operator.dense() != 0).sum()) for layer in wide.layers]
+    assert len(entries) == 2
+    assert wide.connections == sum(entries)
+
+
 @pytest.mark.parametrize("mixing", ["mixer", "rp", "sparse"])
 def test_the_wide_mlp_shares_weights_and_biases(mixing):
     block = _model(mixing=mixing, tokens=None).blocks[1]
