@@ -26,7 +26,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Gather.apply(grad, inverse, order), None, None  # type: ignore[no-untyped-call]
+        return _Gather.apply(grad, inverse, order), None, None
 
 
 class Permute(nn.Module):
@@ -70,7 +70,7 @@ class Permute(nn.Module):
 
     @torch.jit.unused
     def _trained(self, x: Tensor) -> Tensor:
-        return _Gather.apply(x, self.order, self.inverse)  # type: ignore[no-any-return,no-untyped-call]
+        return _Gather.apply(x, self.order, self.inverse)
 
     def undo(self, x: Tensor) -> Tensor:
         """The inverse of `forward`: `undo(forward(x)) == x`."""

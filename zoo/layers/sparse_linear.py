@@ -125,7 +125,7 @@ class SparseLinear(nn.Module):
 
     @torch.jit.unused
     def _trained(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight[0], self.columns, self.starts)  # type: ignore[no-any-return,no-untyped-call]
+        return _Product.apply(x, self.weight[0], self.columns, self.starts)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.shape[1]} connections"
