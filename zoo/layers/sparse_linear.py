@@ -76,10 +76,10 @@ class _Product(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the product with the transposed matrix, its connections in the order of columns
             order = columns.argsort(stable=True)
-            rows = torch.arange(outputs, dtype=columns.dtype).repeat_interleave(starts.diff()).index_select(0, order)
-            places = torch.arange(inputs + 1, dtype=columns.dtype)
+            rows = torch.arange(outputs, dtype=columns.dtype, device="cpu").repeat_interleave(starts.diff())
+            places = torch.arange(inputs + 1, dtype=columns.dtype, device="cpu")
             starts_t = torch.searchsorted(columns.index_select(0, order), places, out_int32=True)
-            grad_x = _product(grad, weight.index_select(0, order), rows, starts_t)
+            grad_x = _product(grad, weight.index_select(0, order), rows.index_select(0, order), starts_t)
         if ctx.needs_input_grad[1]:  # grad x^T, where there are connections
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
