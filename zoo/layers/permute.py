@@ -64,7 +64,7 @@ class Permute(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n, ...) -> (..., n, ...)."""
-        if not torch.jit.is_scripting() and x.dim() == 2 and self.dim == 1 and trains_eagerly(x):
+        if not torch.jit.is_scripting() and self.dim == 1 and trains_eagerly(x) and x.dim() == 2:
             return self._trained(x)
         return x.index_select(self.dim, self.order)
 
