@@ -59,8 +59,7 @@ def open_dataset(
     data: str, *, split: str | None = None, image_column: str | None = None, label_column: str | None = None
 ) -> LabelledImages:
     """The data set at `data`: a folder of class folders, a parquet file or folder of shards,
-    `hf://org/dataset[/configuration][@revision]`, or a
-    CIFAR python archive (its .tar.gz or the folder in it).
+    `hf://org/dataset[/configuration][@revision]`, or a CIFAR python archive (its .tar.gz or the folder in it).
 
     `split` is by default the held-out one. The columns are by default those that the Hub's metadata say are images and
     classes, or that are named so, integers before texts, or the only ones that could be.
@@ -357,11 +356,11 @@ def _from_hub(data: str, split: str | None, image_column: str | None, label_colu
     name, _, configuration = name.partition("/")
     wanted = {"path": f"{organisation}/{name}" if name else organisation, "revision": revision or None}
     try:
-        found = datasets.get_dataset_config_names(**wanted)
-        if not configuration and len(found) > 1 and "default" not in found:
+        configuration = configuration or datasets.get_dataset_default_config_name(**wanted) or ""
+        if not configuration:
+            found = datasets.get_dataset_config_names(**wanted)
             asked = f"{data}: {len(found)} data sets lie in it; name one of "
             raise DimmixError(asked + ", ".join(f"hf://{path}/{one}" for one in found), exit_code=2)
-        configuration = configuration or ("default" if "default" in found else found[0])
         split = _choose_split(data, split, datasets.get_dataset_split_names(config_name=configuration, **wanted))
         table = datasets.load_dataset(name=configuration, split=split, **wanted)
     except DimmixError:

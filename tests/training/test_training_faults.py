@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy_data import encode, toy_pixels, write_shard
+from toy_data import encode, teacher_of, toy_pixels, write_shard
 
 from dimmix.errors import DimmixError
 from dimmix.training import loop
@@ -89,8 +89,6 @@ def test_the_card_names_the_split_that_was_measured(train_toy: Train, toy: Path)
 def test_a_view_that_comes_again_is_seen_through_other_dropout(
     train_toy: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_training_loop import teacher_of
-
     draws, seen, update = [], [], Learner.update
 
     def recorded(self: Learner, x: torch.Tensor, *rest: Any) -> torch.Tensor:
